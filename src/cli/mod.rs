@@ -1,0 +1,139 @@
+//! The command line: one file for each verb.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use crate::config::{self, Effective, Flags};
+
+mod serve;
+mod show_config;
+
+/// A containerd proxy snapshotter.
+///
+/// `speedy serve` answers containerd's snapshots API on a unix socket. containerd finds it through
+/// [proxy_plugins.speedy]; `speedy check` prints the exact lines.
+#[derive(Debug, Parser)]
+#[command(name = "speedy", version, max_term_width = 100, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Serve containerd's snapshots API, in the foreground
+    ///
+    /// Ready when the socket answers; tells systemd so. SIGTERM finishes the calls that have begun and exits with 0.
+    Serve(Settings),
+    /// Print the effective configuration and where each value came from
+    Config {
+        #[command(flatten)]
+        settings: Settings,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a completion script for a shell
+    ///
+    /// For example: speedy completion bash > /etc/bash_completion.d/speedy
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    ///
+    /// For example: speedy man > /usr/local/share/man/man8/speedy.8
+    Man,
+}
+
+/// Settings that every verb understands. Each has its key in the configuration file and its environment variable; flags win
+/// over the environment, that over the file, that over the defaults (see `speedy config`).
+#[derive(Debug, Args)]
+struct Settings {
+    /// The unix socket that containerd talks to [key: address; default: /run/speedy/speedy.sock]
+    #[arg(long, value_name = "SOCKET")]
+    address: Option<PathBuf>,
+    /// Where snapshots and their records live [key: root; default: /var/lib/speedy]
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// containerd's own socket; may be absent [key: containerd; default: /run/containerd/containerd.sock]
+    #[arg(long, value_name = "SOCKET")]
+    containerd: Option<PathBuf>,
+    /// The configuration file [default: /etc/speedy/speedy.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// error, warn, info, debug or trace [key: log.level; default: info]
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+    /// Where remote layers come from [key: store; default: none]
+    #[arg(long, value_name = "URL")]
+    store: Option<String>,
+    /// Serve Prometheus metrics on this loopback address, such as 127.0.0.1:9890 [key: metrics; default: none]
+    #[arg(long, value_name = "ADDR")]
+    metrics: Option<String>,
+}
+
+impl Settings {
+    fn load(self) -> anyhow::Result<Effective> {
+        let flags = Flags {
+            config: self.config,
+            root: self.root,
+            address: self.address,
+            containerd: self.containerd,
+            log_level: self.log_level,
+            store: self.store,
+            metrics: self.metrics,
+        };
+        Ok(config::load(&flags, config::environment())?)
+    }
+}
+
+/// Parses the arguments, runs the verb, says what went wrong.
+pub fn run() -> ExitCode {
+    let done = match Cli::parse().verb {
+        Verb::Serve(settings) => settings.load().and_then(|effective| serve::run(&effective)),
+        Verb::Config { settings, json } => {
+            settings.load().and_then(|effective| show_config::run(&effective, json))
+        }
+        Verb::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "speedy", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Man => print_man(),
+    };
+    match done {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            #[expect(clippy::print_stderr, reason = "the one place where errors are printed")]
+            {
+                eprintln!("speedy: {error:#}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print_man() -> anyhow::Result<ExitCode> {
+    use std::io::Write;
+    let mut page = Vec::new();
+    let command = Cli::command();
+    clap_mangen::Man::new(command.clone()).section("8").render(&mut page)?;
+    for verb in command.get_subcommands().filter(|verb| verb.get_name() != "help") {
+        let title = format!("speedy {}", verb.get_name());
+        let man = clap_mangen::Man::new(verb.clone().name(title)).section("8");
+        man.render_description_section(&mut page)?;
+        man.render_synopsis_section(&mut page)?;
+        man.render_options_section(&mut page)?;
+    }
+    std::io::stdout().write_all(&page)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Whoever read our output has seen enough (`speedy config | head -1`): no error.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<std::io::Error>();
+    io.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}

@@ -1,0 +1,52 @@
+//! `speedy serve`.
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{self, Effective};
+use crate::{daemon, telemetry};
+
+pub(super) fn run(effective: &Effective) -> anyhow::Result<ExitCode> {
+    let config = &effective.config;
+    telemetry::init_logs(config.log.level.as_str(), log_format(config.log.format))?;
+    // Before any thread exists: it changes the environment.
+    let inherited =
+        listenfd::ListenFd::from_env().take_unix_listener(0).context("the socket that systemd passed")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let signals = stop_on_signals(stop.clone())?;
+        let served = tokio::select! {
+            served = daemon::run(config, inherited, stop) => served,
+            () = signals => return Ok(ExitCode::from(130)),
+        };
+        served?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// The first SIGTERM or SIGINT asks the daemon to stop; the future ends at the second.
+fn stop_on_signals(stop: CancellationToken) -> std::io::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        for _ in 0..2 {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            stop.cancel();
+        }
+    })
+}
+
+fn log_format(format: config::LogFormat) -> telemetry::LogFormat {
+    match format {
+        config::LogFormat::Auto => telemetry::LogFormat::Auto,
+        config::LogFormat::Human => telemetry::LogFormat::Human,
+        config::LogFormat::Json => telemetry::LogFormat::Json,
+    }
+}

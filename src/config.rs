@@ -1,0 +1,361 @@
+//! What the user wants: defaults, a TOML file, the environment and flags, laid over one another.
+//!
+//! Where: the only reader of configuration files and of the environment. `cli` calls [`load`] once; `daemon` takes
+//! the values apart and hands each module the few it needs; `speedy config` prints the result with
+//! [`Effective::to_human`] or [`Effective::to_json`].
+//!
+//! Words: a *key* is a dotted name such as `log.level`; it is the path in the TOML file, the variable
+//! `SPEEDY_LOG_LEVEL` in the environment and, for the most used ones, a flag. A *source* says where the value in
+//! force came from. A *place* says where a mistake is, down to the line of a file.
+//!
+//! Invariants:
+//! 1. Flags win over the environment, the environment over the file, the file over the defaults; per key.
+//! 2. Every key, variable and value given is known and valid, or nothing is loaded: an ignored setting is a trap.
+//! 3. Every key has exactly one entry in [`Effective::sources`].
+//! 4. Credentials inside a store URL leave this module only through [`StoreUrl::as_str`]; printing redacts them.
+//!
+//! When it fails: [`ConfigError`] names the key, where it was given and what is accepted. Loading changes nothing,
+//! so there is nothing to clean up.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+mod file;
+mod key;
+mod show;
+mod value;
+
+#[cfg(test)]
+mod tests;
+
+pub use file::toml_to_json;
+pub use value::{DriverKind, LayerSharing, LogFormat, LogLevel, StoreUrl, Timespan};
+
+use key::{Given, KEYS, Key, Problem};
+
+/// The file that is read when none is named.
+pub const DEFAULT_FILE: &str = "/etc/speedy/speedy.toml";
+
+/// The first part of every variable of ours.
+const PREFIX: &str = "SPEEDY_";
+/// The variable that stands for `--config`.
+const FILE_VARIABLE: &str = "SPEEDY_CONFIG";
+
+/// Every value Speedy can be told, as used: parsed and checked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Config {
+    /// Where snapshots and their metadata live.
+    pub root: PathBuf,
+    /// The unix socket that containerd talks to.
+    pub address: PathBuf,
+    /// containerd's own socket, for version detection and checks.
+    pub containerd: PathBuf,
+    /// What snapshots are made of.
+    pub driver: DriverKind,
+    /// Where remote layers come from; empty for nowhere.
+    pub store: StoreUrl,
+    /// The loopback address that answers `/metrics`.
+    #[serde(serialize_with = "show::metrics")]
+    pub metrics: Option<SocketAddr>,
+    /// What is logged and how.
+    pub log: LogConfig,
+    /// The overlayfs driver.
+    pub overlayfs: OverlayfsConfig,
+    /// The removal of what snapshots leave behind.
+    pub cleanup: CleanupConfig,
+    /// The use of layers that are already on this node.
+    pub layers: LayersConfig,
+}
+
+/// What is logged and how.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LogConfig {
+    /// The least important message that is still written.
+    pub level: LogLevel,
+    /// How a message is written.
+    pub format: LogFormat,
+}
+
+/// The overlayfs driver.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct OverlayfsConfig {
+    /// Options added to every overlay mount.
+    pub mount_options: Vec<String>,
+    /// Whether `Stat` and `List` show the upper directory of a snapshot as a label.
+    pub upperdir_label: bool,
+}
+
+/// The removal of what snapshots leave behind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CleanupConfig {
+    /// How long one `Cleanup` call works before it answers.
+    pub time_limit: Timespan,
+}
+
+/// The use of layers that are already on this node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LayersConfig {
+    /// Who may be answered from a layer that somebody else pulled.
+    pub share: LayerSharing,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            root: "/var/lib/speedy".into(),
+            address: "/run/speedy/speedy.sock".into(),
+            containerd: "/run/containerd/containerd.sock".into(),
+            driver: DriverKind::Overlayfs,
+            store: StoreUrl::default(),
+            metrics: None,
+            log: LogConfig { level: LogLevel::Info, format: LogFormat::Auto },
+            overlayfs: OverlayfsConfig { mount_options: Vec::new(), upperdir_label: false },
+            cleanup: CleanupConfig { time_limit: Timespan::from_secs(30) },
+            layers: LayersConfig { share: LayerSharing::Isolated },
+        }
+    }
+}
+
+/// The settings that can be given on the command line; `None` where the flag is absent.
+#[derive(Debug, Clone, Default)]
+pub struct Flags {
+    /// `--config`: the file to read instead of [`DEFAULT_FILE`].
+    pub config: Option<PathBuf>,
+    /// `--root`
+    pub root: Option<PathBuf>,
+    /// `--address`
+    pub address: Option<PathBuf>,
+    /// `--containerd`
+    pub containerd: Option<PathBuf>,
+    /// `--log-level`
+    pub log_level: Option<String>,
+    /// `--store`
+    pub store: Option<String>,
+    /// `--metrics`
+    pub metrics: Option<String>,
+}
+
+impl Flags {
+    /// The flags that were given, by key, with the name of the flag.
+    fn given(&self) -> impl Iterator<Item = (&'static str, &'static str, Given)> {
+        let path = |value: &Option<PathBuf>| value.as_ref().map(|path| Given::from_path(path));
+        let word = |value: &Option<String>| value.clone().map(Given::Word);
+        [
+            ("root", "--root", path(&self.root)),
+            ("address", "--address", path(&self.address)),
+            ("containerd", "--containerd", path(&self.containerd)),
+            ("log.level", "--log-level", word(&self.log_level)),
+            ("store", "--store", word(&self.store)),
+            ("metrics", "--metrics", word(&self.metrics)),
+        ]
+        .into_iter()
+        .filter_map(|(key, flag, given)| Some((key, flag, given?)))
+    }
+}
+
+/// Where the value in force came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "from", content = "name", rename_all = "lowercase")]
+pub enum Source {
+    /// Nobody said anything.
+    Default,
+    /// A configuration file.
+    File(PathBuf),
+    /// A variable of the environment.
+    Env(String),
+    /// A flag of the command line.
+    Flag(String),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Source::Default => write!(f, "default"),
+            Source::File(path) => write!(f, "{}", path.display()),
+            Source::Env(name) | Source::Flag(name) => write!(f, "{name}"),
+        }
+    }
+}
+
+/// Where a mistake is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A line of a file.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Its line, from 1.
+        line: usize,
+    },
+    /// A variable of the environment.
+    Env(String),
+    /// A flag of the command line.
+    Flag(String),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::File { path, line } => write!(f, "{}:{line}", path.display()),
+            Place::Env(name) => write!(f, "environment variable {name}"),
+            Place::Flag(name) => write!(f, "flag {name}"),
+        }
+    }
+}
+
+/// Why no configuration could be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A file that was named, or that exists, cannot be read.
+    #[error("cannot read the configuration file {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file is not TOML.
+    #[error("{place}: not valid TOML: {reason}")]
+    Syntax {
+        /// Where.
+        place: Place,
+        /// What the parser said.
+        reason: String,
+    },
+    /// A key that Speedy does not have.
+    #[error("{place}: unknown key {key:?}; did you mean {nearest:?}?")]
+    UnknownKey {
+        /// Where.
+        place: Place,
+        /// The key as given.
+        key: String,
+        /// The known key that is most like it.
+        nearest: &'static str,
+    },
+    /// A variable with our prefix that stands for nothing.
+    #[error("unknown environment variable {name}; did you mean {nearest}?")]
+    UnknownVariable {
+        /// The variable.
+        name: String,
+        /// The known variable that is most like it.
+        nearest: String,
+    },
+    /// A value of another type than the key has.
+    #[error("{place}: {key} is {found}; accepted: {accepted}")]
+    WrongType {
+        /// Where.
+        place: Place,
+        /// The key.
+        key: &'static str,
+        /// The type that was found, with its article.
+        found: &'static str,
+        /// What would be right.
+        accepted: &'static str,
+    },
+    /// A value that cannot be used.
+    #[error("{place}: {key}: {reason}; accepted: {accepted}")]
+    BadValue {
+        /// Where.
+        place: Place,
+        /// The key.
+        key: &'static str,
+        /// What is wrong with it.
+        reason: String,
+        /// What would be right.
+        accepted: &'static str,
+    },
+}
+
+/// The configuration in force and where each value came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Effective {
+    /// The values.
+    pub config: Config,
+    /// The source of each key.
+    pub sources: BTreeMap<String, Source>,
+}
+
+/// The variables of this process that concern us; bytes that are no text become the replacement character and are
+/// refused where they matter.
+pub fn environment() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os()
+        .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()))
+        .filter(|(name, _)| name.starts_with(PREFIX))
+}
+
+/// Lays defaults, file, environment and flags over one another.
+///
+/// Variables that do not begin with `SPEEDY_` are ignored, so `std::env::vars()` can be passed as it is. The file is
+/// `--config`, else `SPEEDY_CONFIG`, else [`DEFAULT_FILE`] if it is there.
+pub fn load(
+    flags: &Flags,
+    environment: impl Iterator<Item = (String, String)>,
+) -> Result<Effective, ConfigError> {
+    load_with_default(flags, environment, Path::new(DEFAULT_FILE))
+}
+
+/// [`load`] with another default file, for tests that must not see the machine's.
+pub fn load_with_default(
+    flags: &Flags,
+    environment: impl Iterator<Item = (String, String)>,
+    default_file: &Path,
+) -> Result<Effective, ConfigError> {
+    let mut variables: BTreeMap<String, String> =
+        environment.filter(|(name, _)| name.starts_with(PREFIX)).collect();
+    let named = variables.remove(FILE_VARIABLE).filter(|name| !name.is_empty()).map(PathBuf::from);
+
+    let mut effective = Effective::defaults();
+    let path = flags.config.clone().or(named);
+    let optional = path.is_none();
+    let path = path.unwrap_or_else(|| default_file.to_owned());
+    if let Some(text) = read(&path, optional)? {
+        for (key, line, given) in file::entries(&path, &text)? {
+            let place = Place::File { path: path.clone(), line };
+            effective.set(key, given, Source::File(path.clone()), place)?;
+        }
+    }
+    for (name, value) in variables {
+        let key = key::by_variable(&name).ok_or_else(|| ConfigError::UnknownVariable {
+            nearest: key::nearest_variable(&name),
+            name: name.clone(),
+        })?;
+        effective.set(key, Given::Word(value), Source::Env(name.clone()), Place::Env(name))?;
+    }
+    for (name, flag, given) in flags.given() {
+        let key = key::by_name(name).expect("each flag stands for a key of the table");
+        effective.set(key, given, Source::Flag(flag.into()), Place::Flag(flag.into()))?;
+    }
+    Ok(effective)
+}
+
+impl Effective {
+    /// What holds when nobody says anything.
+    pub fn defaults() -> Effective {
+        let sources = KEYS.iter().map(|key| (key.name.to_owned(), Source::Default)).collect();
+        Effective { config: Config::default(), sources }
+    }
+
+    fn set(&mut self, key: &Key, given: Given, source: Source, place: Place) -> Result<(), ConfigError> {
+        let (name, accepted) = (key.name, key.accepted);
+        (key.set)(&mut self.config, given).map_err(|problem| match problem {
+            Problem::Type(found) => ConfigError::WrongType { place, key: name, found, accepted },
+            Problem::Value(reason) => ConfigError::BadValue { place, key: name, reason, accepted },
+        })?;
+        self.sources.insert(name.to_owned(), source);
+        Ok(())
+    }
+}
+
+/// The text of a file; `None` when it may be absent and is.
+fn read(path: &Path, optional: bool) -> Result<Option<String>, ConfigError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if optional && error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
+    }
+}

@@ -1,0 +1,326 @@
+//! The table of keys: one row says how a key is called, what it accepts and how it is read and shown.
+//!
+//! Where: `config` walks the table for every layer; `show` walks it to print. A new key is one more row here, one
+//! field of [`Config`] and a paragraph in `config/speedy.toml`; a test fails until all three are there.
+//!
+//! Words: *given* is a value before anybody looked at it: typed when it comes from TOML, a bare *word* when it comes
+//! from the environment or a flag.
+//!
+//! Invariants: a setter either stores a valid value or leaves the configuration as it was.
+//!
+//! When it fails: a [`Problem`], which the caller joins with the key, the place and what is accepted. It never
+//! repeats a value that may hold a secret.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::value::{DriverKind, LayerSharing, LogFormat, LogLevel, StoreUrl, Timespan};
+use super::{Config, FILE_VARIABLE, PREFIX, show};
+
+/// One row of the table.
+pub(super) struct Key {
+    /// The dotted name.
+    pub(super) name: &'static str,
+    /// What is accepted, for the user.
+    pub(super) accepted: &'static str,
+    /// Checks a value and stores it.
+    pub(super) set: fn(&mut Config, Given) -> Result<(), Problem>,
+    /// The value in force, without secrets.
+    pub(super) show: fn(&Config) -> Value,
+}
+
+/// A value before anybody looked at it.
+pub(super) enum Given {
+    /// A TOML string.
+    Text(String),
+    /// A TOML boolean.
+    Flag(bool),
+    /// A TOML array of strings.
+    List(Vec<String>),
+    /// Any other TOML value: its type, with the article.
+    Other(&'static str),
+    /// Untyped text from the environment or a flag.
+    Word(String),
+}
+
+/// Why a value is refused.
+pub(super) enum Problem {
+    /// It has the wrong type: the type found, with the article.
+    Type(&'static str),
+    /// It has the right type and is still no good.
+    Value(String),
+}
+
+fn value(reason: impl Into<String>) -> Problem {
+    Problem::Value(reason.into())
+}
+
+impl Given {
+    /// A path from a flag. What is not UTF-8 becomes the replacement character, which no path key accepts.
+    pub(super) fn from_path(path: &Path) -> Given {
+        Given::Word(path.to_string_lossy().into_owned())
+    }
+
+    fn text(self) -> Result<String, Problem> {
+        match self {
+            Given::Text(text) | Given::Word(text) => Ok(text),
+            Given::Flag(_) => Err(Problem::Type("a boolean")),
+            Given::List(_) => Err(Problem::Type("an array")),
+            Given::Other(found) => Err(Problem::Type(found)),
+        }
+    }
+
+    fn flag(self) -> Result<bool, Problem> {
+        match self {
+            Given::Flag(flag) => Ok(flag),
+            Given::Word(word) => match word.as_str() {
+                "true" | "1" => Ok(true),
+                "false" | "0" => Ok(false),
+                _ => Err(value(format!("{word:?} is neither true nor false"))),
+            },
+            Given::Text(_) => Err(Problem::Type("a string")),
+            Given::List(_) => Err(Problem::Type("an array")),
+            Given::Other(found) => Err(Problem::Type(found)),
+        }
+    }
+
+    fn list(self) -> Result<Vec<String>, Problem> {
+        match self {
+            Given::List(list) => Ok(list),
+            Given::Word(word) if word.is_empty() => Ok(Vec::new()),
+            Given::Word(word) => Ok(word.split(',').map(|item| item.trim().to_owned()).collect()),
+            Given::Text(_) => Err(Problem::Type("a string")),
+            Given::Flag(_) => Err(Problem::Type("a boolean")),
+            Given::Other(found) => Err(Problem::Type(found)),
+        }
+    }
+}
+
+/// Every key, in the order in which it is printed and documented.
+pub(super) const KEYS: &[Key] = &[
+    Key {
+        name: "root",
+        accepted: "an absolute path other than /, without the characters : , \\ and \"",
+        set: |config, given| root_path(&given.text()?).map(|path| config.root = path),
+        show: |config| json!(config.root),
+    },
+    Key {
+        name: "address",
+        accepted: "an absolute path of a unix socket, at most 107 bytes long",
+        set: |config, given| socket_path(&given.text()?).map(|path| config.address = path),
+        show: |config| json!(config.address),
+    },
+    Key {
+        name: "containerd",
+        accepted: "an absolute path of a unix socket, at most 107 bytes long",
+        set: |config, given| socket_path(&given.text()?).map(|path| config.containerd = path),
+        show: |config| json!(config.containerd),
+    },
+    Key {
+        name: "driver",
+        accepted: "\"overlayfs\"",
+        set: |config, given| {
+            DriverKind::parse(&given.text()?).map(|kind| config.driver = kind).map_err(value)
+        },
+        show: |config| json!(config.driver),
+    },
+    Key {
+        name: "store",
+        accepted: "\"\" for no store, or \"memory:/absolute/path/layers.json\"",
+        set: |config, given| StoreUrl::parse(&given.text()?).map(|url| config.store = url).map_err(value),
+        show: |config| json!(config.store),
+    },
+    Key {
+        name: "metrics",
+        accepted: "\"\" for none, or a loopback address and port such as \"127.0.0.1:9464\" or \"[::1]:9464\"",
+        set: |config, given| loopback(&given.text()?).map(|address| config.metrics = address),
+        show: |config| json!(show::metrics_text(config.metrics)),
+    },
+    Key {
+        name: "log.level",
+        accepted: LogLevel::ACCEPTED,
+        set: |config, given| {
+            LogLevel::parse(&given.text()?).map(|level| config.log.level = level).map_err(value)
+        },
+        show: |config| json!(config.log.level),
+    },
+    Key {
+        name: "log.format",
+        accepted: LogFormat::ACCEPTED,
+        set: |config, given| {
+            LogFormat::parse(&given.text()?).map(|format| config.log.format = format).map_err(value)
+        },
+        show: |config| json!(config.log.format),
+    },
+    Key {
+        name: "overlayfs.mount_options",
+        accepted: "a list of overlayfs options such as [\"volatile\"], without those that Speedy sets itself",
+        set: |config, given| mount_options(given.list()?).map(|list| config.overlayfs.mount_options = list),
+        show: |config| json!(config.overlayfs.mount_options),
+    },
+    Key {
+        name: "overlayfs.upperdir_label",
+        accepted: "true or false",
+        set: |config, given| given.flag().map(|flag| config.overlayfs.upperdir_label = flag),
+        show: |config| json!(config.overlayfs.upperdir_label),
+    },
+    Key {
+        name: "cleanup.time_limit",
+        accepted: "a time from \"1ms\" to \"1h\", such as \"500ms\", \"30s\" or \"2m\"",
+        set: |config, given| time_limit(&given.text()?).map(|limit| config.cleanup.time_limit = limit),
+        show: |config| json!(config.cleanup.time_limit),
+    },
+    Key {
+        name: "layers.share",
+        accepted: LayerSharing::ACCEPTED,
+        set: |config, given| {
+            LayerSharing::parse(&given.text()?).map(|share| config.layers.share = share).map_err(value)
+        },
+        show: |config| json!(config.layers.share),
+    },
+];
+
+/// The key with this dotted name.
+pub(super) fn by_name(name: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.name == name)
+}
+
+/// The key that this variable stands for.
+pub(super) fn by_variable(variable: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| variable_of(key) == variable)
+}
+
+/// The variable that stands for a key.
+fn variable_of(key: &Key) -> String {
+    format!("{PREFIX}{}", key.name.replace('.', "_").to_uppercase())
+}
+
+/// The known key most like `name`.
+pub(super) fn nearest(name: &str) -> &'static str {
+    most_like(name, KEYS.iter().map(|key| key.name)).unwrap_or(KEYS[0].name)
+}
+
+/// The known variable most like `name`.
+pub(super) fn nearest_variable(name: &str) -> String {
+    let known = KEYS.iter().map(variable_of).chain([FILE_VARIABLE.to_owned()]);
+    most_like(name, known).unwrap_or_else(|| FILE_VARIABLE.to_owned())
+}
+
+/// The candidate that shares most with `name`, read whole or by its last part: people forget the table more often
+/// than they misspell a word.
+fn most_like<S: AsRef<str>>(name: &str, candidates: impl Iterator<Item = S>) -> Option<S> {
+    let tidy = |text: &str| text.to_lowercase().replace(['-', '_'], "");
+    let last = |text: &str| text.rsplit('.').next().unwrap_or_default().to_owned();
+    let wanted = tidy(name);
+    let score = |candidate: &S| {
+        let known = tidy(candidate.as_ref());
+        let whole = strsim::normalized_damerau_levenshtein(&wanted, &known);
+        let tail = strsim::normalized_damerau_levenshtein(&last(&wanted), &last(&known));
+        whole.max(tail * 0.95)
+    };
+    candidates.max_by(|a, b| score(a).total_cmp(&score(b)))
+}
+
+fn absolute(text: &str) -> Result<PathBuf, Problem> {
+    let path = Path::new(text);
+    if text.is_empty() {
+        return Err(value("the path is empty"));
+    }
+    if !path.is_absolute() {
+        return Err(value(format!("{text:?} is a relative path")));
+    }
+    if text.chars().any(|c| c.is_control() || c == char::REPLACEMENT_CHARACTER) {
+        return Err(value(format!("{text:?} holds control characters or is not UTF-8")));
+    }
+    if path.components().any(|part| part == std::path::Component::ParentDir) {
+        return Err(value(format!("{text:?} holds \"..\"")));
+    }
+    // Components drop doubled and trailing slashes, so that one directory has one spelling.
+    Ok(path.components().collect())
+}
+
+fn root_path(text: &str) -> Result<PathBuf, Problem> {
+    let path = absolute(text)?;
+    if path.parent().is_none() {
+        return Err(value("the root directory of the system cannot be used"));
+    }
+    // Mount options are joined with commas and lower directories with colons, and readers of the options in
+    // containerd know no escapes.
+    if let Some(c) = text.chars().find(|c| matches!(c, ':' | ',' | '\\' | '"')) {
+        return Err(value(format!("{text:?} holds {c:?}, which has a meaning in mount options")));
+    }
+    Ok(path)
+}
+
+fn socket_path(text: &str) -> Result<PathBuf, Problem> {
+    /// What fits into `sun_path` with its closing zero.
+    const LONGEST: usize = 107;
+    let path = absolute(text)?;
+    let length = path.as_os_str().len();
+    if length > LONGEST {
+        return Err(value(format!("the path is {length} bytes long, a socket's is at most {LONGEST}")));
+    }
+    Ok(path)
+}
+
+fn loopback(text: &str) -> Result<Option<SocketAddr>, Problem> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let address = match text.strip_prefix("localhost:") {
+        Some(port) => port.parse().ok().map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)),
+        None => text.parse::<SocketAddr>().ok(),
+    };
+    let address = address.ok_or_else(|| value(format!("{text:?} is not an address with a port")))?;
+    if !address.ip().is_loopback() {
+        // There is no access control on it.
+        return Err(value(format!("{address} can be reached from other machines")));
+    }
+    Ok(Some(address))
+}
+
+fn time_limit(text: &str) -> Result<Timespan, Problem> {
+    let limit = Timespan::parse(text).map_err(value)?;
+    if limit < Timespan::from_millis(1) || limit > Timespan::from_secs(3600) {
+        return Err(value(format!("{limit} is out of range")));
+    }
+    Ok(limit)
+}
+
+fn mount_options(options: Vec<String>) -> Result<Vec<String>, Problem> {
+    /// What Speedy decides for each mount, and what would turn an overlay mount into something else.
+    const OURS: &[&str] = &[
+        "lowerdir",
+        "lowerdir+",
+        "datadir+",
+        "upperdir",
+        "workdir",
+        "userxattr",
+        "uidmap",
+        "gidmap",
+        "ro",
+        "rw",
+        "bind",
+        "rbind",
+        "remount",
+        "loop",
+    ];
+    for (index, option) in options.iter().enumerate() {
+        let name = option.split('=').next().unwrap_or_default();
+        if name.is_empty() {
+            return Err(value("an option is empty"));
+        }
+        if option.chars().any(|c| c == ',' || c.is_whitespace() || c.is_control()) {
+            return Err(value(format!("{option:?} holds a comma or white space; give one option per item")));
+        }
+        if OURS.contains(&name) || name.to_ascii_lowercase().starts_with("x-") {
+            return Err(value(format!("{option:?} is an option that Speedy or containerd sets itself")));
+        }
+        if options.iter().take(index).any(|other| other.split('=').next() == Some(name)) {
+            return Err(value(format!("{name:?} is given twice")));
+        }
+    }
+    Ok(options)
+}

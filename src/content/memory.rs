@@ -1,0 +1,89 @@
+//! Layers held in memory, read once from a JSON file: `{"sha256:<chain id>": {"etc/hello": "content", ...}, ...}`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::path::{Component, Path};
+use std::sync::Arc;
+
+use crate::oci::{ChainId, Digest};
+
+/// Relative path → content.
+#[derive(Debug, Clone)]
+pub(super) struct Tree(Arc<BTreeMap<String, String>>);
+
+impl Tree {
+    pub(super) fn write_to(&self, dir: &Path) -> io::Result<()> {
+        for (path, content) in self.0.iter() {
+            let file = dir.join(path);
+            if let Some(parent) = file.parent() {
+                std::fs::create_dir_all(parent)?;
+            }
+            std::fs::write(file, content)?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Layers(HashMap<ChainId, Tree>);
+
+impl Layers {
+    pub(super) fn read(file: &Path) -> io::Result<Layers> {
+        let listed: BTreeMap<String, BTreeMap<String, String>> =
+            serde_json::from_slice(&std::fs::read(file)?)?;
+        let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
+        let mut layers = HashMap::new();
+        for (chain, tree) in listed {
+            let digest = Digest::parse(&chain).map_err(|error| invalid(format!("{chain:?}: {error}")))?;
+            if let Some(path) = tree.keys().find(|path| !stays_inside(path)) {
+                return Err(invalid(format!("{path:?} is not a plain relative path")));
+            }
+            layers.insert(ChainId(digest), Tree(Arc::new(tree)));
+        }
+        Ok(Layers(layers))
+    }
+
+    pub(super) fn get(&self, chain: &ChainId) -> Option<&Tree> {
+        self.0.get(chain)
+    }
+}
+
+fn stays_inside(path: &str) -> bool {
+    !path.is_empty() && Path::new(path).components().all(|c| matches!(c, Component::Normal(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str) -> io::Result<Layers> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("layers.json");
+        std::fs::write(&file, json).unwrap();
+        Layers::read(&file)
+    }
+
+    #[test]
+    fn a_listed_layer_is_written_as_listed() {
+        let chain = format!("sha256:{}", "a".repeat(64));
+        let layers = read(&format!(r#"{{"{chain}": {{"etc/hello": "world"}}}}"#)).unwrap();
+        let chain = ChainId(Digest::parse(&chain).unwrap());
+        let dir = tempfile::tempdir().unwrap();
+        layers.get(&chain).unwrap().write_to(dir.path()).unwrap();
+        assert_eq!(std::fs::read(dir.path().join("etc/hello")).unwrap(), b"world");
+    }
+
+    #[test]
+    fn a_broken_file_is_refused() {
+        let chain = format!("sha256:{}", "a".repeat(64));
+        for bad in [
+            "".to_owned(),
+            "[]".into(),
+            r#"{"latest": {}}"#.into(),
+            format!(r#"{{"{chain}": {{"../x": ""}}}}"#),
+            format!(r#"{{"{chain}": {{"/etc/x": ""}}}}"#),
+        ] {
+            assert!(read(&bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! The composition root: open, reconcile, serve, drain. Owns every background task (**S1**: each has an owner that waits for
+//! it at shutdown).
+//!
+//! **When it fails.** Before the socket answers: an error says why and what to do, and nothing of the root was changed that the
+//! next start does not mend. Afterwards: SIGTERM or SIGINT finishes the calls that have begun; a second one ends the process
+//! at once, which is safe, as is a kill at any instant.
+
+use std::ffi::OsStr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::{Config, DriverKind, LayerSharing};
+use crate::content::{ContentError, ContentStore};
+use crate::driver::overlay::{Overlay, OverlayOptions};
+use crate::driver::{Driver, DriverError, probe};
+use crate::service::{self, ServeError};
+use crate::snapshot::SnapshotError;
+use crate::snapshot::metastore::{self, MetaError, MetaStore};
+use crate::snapshot::snapshotter::{Policy, Sharing, Snapshotter, UpperdirLabel};
+use crate::sys::lock::FileLock;
+use crate::sys::socket::{self, Bound, SocketError};
+use crate::sys::space;
+use crate::telemetry::{Levels, Metrics};
+
+/// How long begun calls may take after the signal to stop.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Why the daemon cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Another daemon has the root.
+    #[error("{0} is in use by another speedy; stop that one or choose another --root")]
+    RootInUse(PathBuf),
+    /// The root holds something else.
+    #[error(
+        "{root} holds {found:?} but no metadata.db of Speedy; nothing was touched: choose an empty directory as --root, or \
+         restore metadata.db"
+    )]
+    RootOccupied {
+        /// The root.
+        root: PathBuf,
+        /// An entry that is not ours.
+        found: String,
+    },
+    /// The root cannot be used.
+    #[error("cannot use the root {root}: {source}")]
+    Root {
+        /// The root.
+        root: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The records cannot be used.
+    #[error(transparent)]
+    Meta(#[from] MetaError),
+    /// The storage cannot be used.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// The layer source cannot be used.
+    #[error(transparent)]
+    Content(#[from] ContentError),
+    /// Records and storage cannot be brought together.
+    #[error("cannot recover: {0}")]
+    Recover(#[source] SnapshotError),
+    /// The socket cannot be taken.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// Serving failed.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// The system refused something else.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// Runs the daemon until `stop`. `inherited` is the socket that systemd made, if it did.
+pub async fn run(
+    config: &Config,
+    inherited: Option<std::os::unix::net::UnixListener>,
+    stop: CancellationToken,
+) -> Result<(), DaemonError> {
+    let root = Root::open(&config.root)?;
+    let driver = open_driver(config)?;
+    let content = ContentStore::open(config.store.as_str())?;
+    let meta = Arc::new(MetaStore::open(&config.root, driver.name())?);
+    let snapshotter = Arc::new(Snapshotter::new(Arc::clone(&meta), driver, content, policy(config)));
+    snapshotter.start().await.map_err(DaemonError::Recover)?;
+
+    let metrics = Metrics::new(levels(&snapshotter, &meta, &config.root));
+    let metrics_port = match config.metrics {
+        Some(address) => Some(service::bind_metrics(address).await?),
+        None => None,
+    };
+    let bound = match inherited {
+        Some(listener) => Bound::inherited(listener)?,
+        None => socket::listen(&config.address)?,
+    };
+
+    let background = TaskTracker::new();
+    let background_stop = CancellationToken::new();
+    let _stop_on_error = background_stop.clone().drop_guard();
+    let work = Arc::clone(&snapshotter);
+    let work_stop = background_stop.clone();
+    background.spawn(async move { work.run(work_stop).await });
+    background.spawn(crate::containerd::watch(config.containerd.clone(), background_stop.clone()));
+    if let Some(port) = metrics_port {
+        let serving = service::serve_metrics(port, metrics.clone(), background_stop.clone());
+        background.spawn(async move {
+            if let Err(error) = serving.await {
+                tracing::error!(%error, "metrics are no longer served");
+            }
+        });
+    }
+    background.close();
+
+    let calls = TaskTracker::new();
+    let listener = bound.listener.try_clone()?;
+    let serving = service::serve(listener, snapshotter, metrics, calls.clone(), stop.clone());
+    notify(sd_notify::NotifyState::Ready);
+    let counts = meta.counts();
+    tracing::info!(
+        address = %config.address.display(),
+        root = %config.root.display(),
+        snapshots = counts.views + counts.active + counts.committed,
+        to_free = counts.removing,
+        "ready"
+    );
+    let served = serve_then_drain(serving, &bound, stop).await;
+    calls.close();
+    calls.wait().await;
+    background_stop.cancel();
+    background.wait().await;
+    tokio::task::spawn_blocking(move || meta.close()).await.map_err(std::io::Error::other)?;
+    drop(root);
+    tracing::info!("stopped");
+    served
+}
+
+/// Serves until told to stop; then takes the socket away, so that nobody new comes, and waits for those that are there, but not
+/// for ever: containerd keeps its connection open, and calls that wait on it are finished by their own tasks.
+async fn serve_then_drain(
+    serving: impl Future<Output = Result<(), ServeError>>,
+    bound: &Bound,
+    stop: CancellationToken,
+) -> Result<(), DaemonError> {
+    tokio::pin!(serving);
+    tokio::select! {
+        served = &mut serving => {
+            bound.unlink();
+            return Ok(served?);
+        }
+        () = stop.cancelled() => {}
+    }
+    notify(sd_notify::NotifyState::Stopping);
+    tracing::info!("stopping: finishing the calls that have begun");
+    bound.unlink();
+    match tokio::time::timeout(DRAIN, serving).await {
+        Ok(served) => Ok(served?),
+        Err(_) => {
+            tracing::warn!(after = ?DRAIN, "some connections did not end; closing them");
+            Ok(())
+        }
+    }
+}
+
+fn notify(state: sd_notify::NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!(%error, "cannot tell systemd");
+    }
+}
+
+fn open_driver(config: &Config) -> Result<Arc<dyn Driver>, DaemonError> {
+    match config.driver {
+        DriverKind::Overlayfs => {
+            let mount_options = probe::overlay_options(&config.root, &config.overlayfs.mount_options)?;
+            Ok(Arc::new(Overlay::open(&config.root, OverlayOptions { mount_options })?))
+        }
+    }
+}
+
+fn policy(config: &Config) -> Policy {
+    Policy {
+        sharing: match config.layers.share {
+            LayerSharing::Isolated => Sharing::Isolated,
+            LayerSharing::Node => Sharing::Node,
+        },
+        upperdir_label: match config.overlayfs.upperdir_label {
+            true => UpperdirLabel::Shown,
+            false => UpperdirLabel::Hidden,
+        },
+        cleanup_limit: config.cleanup.time_limit.duration(),
+    }
+}
+
+fn levels(
+    snapshotter: &Arc<Snapshotter>,
+    meta: &Arc<MetaStore>,
+    root: &Path,
+) -> impl Fn() -> Levels + Send + Sync + 'static {
+    let (snapshotter, meta, root) = (Arc::clone(snapshotter), Arc::clone(meta), root.to_owned());
+    let size = |path: PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
+    move || {
+        let counts = snapshotter.counts();
+        let log = PathBuf::from(format!("{}-wal", meta.path().display()));
+        Levels {
+            snapshots: [("view", counts.views), ("active", counts.active), ("committed", counts.committed)],
+            pending_ids: counts.pending,
+            pending_removals: counts.removing,
+            committed_bytes: counts.committed_bytes,
+            metadata_bytes: size(meta.path().to_owned()) + size(log),
+            free_bytes: space::free_bytes(&root).unwrap_or(0),
+        }
+    }
+}
+
+/// The root directory, ours alone.
+struct Root(#[expect(dead_code, reason = "held for its lock")] FileLock);
+
+impl Root {
+    fn open(root: &Path) -> Result<Root, DaemonError> {
+        let refused = |source| DaemonError::Root { root: root.to_owned(), source };
+        // 0700: layers hold setuid files of strangers, which no local user may reach by path.
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(refused)?;
+        if !metastore::is_present(root)? {
+            require_unoccupied(root)?;
+        }
+        match FileLock::try_exclusive(&root.join("lock")).map_err(refused)? {
+            Some(lock) => Ok(Root(lock)),
+            None => Err(DaemonError::RootInUse(root.to_owned())),
+        }
+    }
+}
+
+/// A root without records must hold nothing but what a start that was cut short may leave.
+fn require_unoccupied(root: &Path) -> Result<(), DaemonError> {
+    let refused = |source| DaemonError::Root { root: root.to_owned(), source };
+    for entry in std::fs::read_dir(root).map_err(refused)? {
+        let name = entry.map_err(refused)?.file_name();
+        let ours = name == "lock"
+            || name == "lost+found"
+            || starts_with(&name, "metadata.db.new")
+            || starts_with(&name, ".probe-")
+            || (name == "l" && is_empty_dir(&root.join("l")));
+        if !ours {
+            let found = name.to_string_lossy().into_owned();
+            return Err(DaemonError::RootOccupied { root: root.to_owned(), found });
+        }
+    }
+    Ok(())
+}
+
+fn starts_with(name: &OsStr, prefix: &str) -> bool {
+    name.as_encoded_bytes().starts_with(prefix.as_bytes())
+}
+
+fn is_empty_dir(path: &Path) -> bool {
+    std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none())
+}

@@ -1,0 +1,151 @@
+//! What this kernel and this backing file system can do for the overlayfs driver, found by trying.
+//!
+//! Called once at start and by `speedy check`. Versions are not compared: distributions backport, and a trial mount
+//! tells the truth.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::DriverError;
+use crate::sys::mount::TrialMount;
+use crate::sys::tree;
+
+/// The options every overlay mount must carry here, beside its directories: what the user configured, then `userxattr`
+/// and `index=off` where they apply. An error says what to change.
+pub fn overlay_options(root: &Path, configured: &[String]) -> Result<Vec<String>, DriverError> {
+    let trial = Trial::new(root)?;
+    trial.require_types(root)?;
+    let mut options = configured.to_vec();
+    if !has_option(&options, "userxattr") && in_user_namespace() {
+        options.push("userxattr".into());
+    }
+    // Options are last-wins in the kernel: adding index=off after a configured index=on would override it silently.
+    if !has_option(&options, "index") && Path::new("/sys/module/overlay/parameters/index").exists() {
+        options.push("index=off".into());
+    }
+    trial.require_overlay(root, &options)?;
+    Ok(options)
+}
+
+/// Whether `options` has `key`, alone or as `key=value`.
+pub fn has_option(options: &[String], key: &str) -> bool {
+    options.iter().any(|option| option.split('=').next() == Some(key))
+}
+
+/// Whether this process sees only a part of the host's user ids.
+pub fn in_user_namespace() -> bool {
+    std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| !is_identity(&map))
+}
+
+fn is_identity(uid_map: &str) -> bool {
+    let fields: Vec<&str> = uid_map.split_whitespace().collect();
+    fields == ["0", "0", "4294967295"]
+}
+
+/// A scratch directory below the root with what a trial needs, removed when dropped.
+struct Trial {
+    dir: PathBuf,
+}
+
+impl Trial {
+    fn new(root: &Path) -> Result<Trial, DriverError> {
+        let dir = root.join(format!(".probe-{}", std::process::id()));
+        let made = ["lower1/dir", "lower2", "upper", "work", "merged"]
+            .iter()
+            .try_for_each(|name| std::fs::create_dir_all(dir.join(name)))
+            .and_then(|()| std::fs::write(dir.join("lower1/file"), "x"));
+        let trial = Trial { dir };
+        made.map_err(|error| DriverError::at(root, error))?;
+        Ok(trial)
+    }
+
+    fn require_types(&self, root: &Path) -> Result<(), DriverError> {
+        match tree::tells_types(&self.dir.join("lower1")) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(DriverError::Unsupported(format!(
+                "the file system of {} does not tell file types when a directory is read (d_type), which overlayfs \
+                 needs: on xfs, make it anew with mkfs.xfs -n ftype=1; or put `root` on ext4, xfs or btrfs",
+                root.display()
+            ))),
+            Err(error) => Err(DriverError::at(root, error)),
+        }
+    }
+
+    fn require_overlay(&self, root: &Path, options: &[String]) -> Result<(), DriverError> {
+        let at = |name: &str| self.dir.join(name).display().to_string();
+        let mut data = format!(
+            "workdir={},upperdir={},lowerdir={}:{}",
+            at("work"),
+            at("upper"),
+            at("lower1"),
+            at("lower2")
+        );
+        for option in options {
+            data.push(',');
+            data.push_str(option);
+        }
+        let merged = self.dir.join("merged");
+        let mounted = TrialMount::overlay(&merged, &data).map_err(|error| explain(root, options, &error))?;
+        // A whiteout and a copied-up file are what a real container does first.
+        let used = std::fs::remove_file(merged.join("file"))
+            .and_then(|()| std::fs::write(merged.join("dir/new"), "x"))
+            .and_then(|()| match merged.join("file").exists() {
+                true => Err(io::Error::other("a removed file is still visible")),
+                false => Ok(()),
+            });
+        drop(mounted);
+        used.map_err(|error| {
+            DriverError::Unsupported(format!(
+                "an overlay on {} can be mounted but not used ({error}): put `root` on ext4, xfs or btrfs",
+                root.display()
+            ))
+        })
+    }
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        if let Err(error) = tree::remove(&self.dir, &|| false) {
+            tracing::warn!(dir = %self.dir.display(), %error, "cannot remove the probe's directory");
+        }
+    }
+}
+
+fn explain(root: &Path, options: &[String], error: &io::Error) -> DriverError {
+    const ENODEV: i32 = 19;
+    let hint = match (error.kind(), error.raw_os_error()) {
+        (io::ErrorKind::PermissionDenied, _) => {
+            "run speedy as root (it needs CAP_SYS_ADMIN), or in a user namespace on Linux 5.11 or newer"
+        }
+        (_, Some(ENODEV)) => "load the overlay module (modprobe overlay) or use a kernel that has it",
+        (io::ErrorKind::InvalidInput, _) => {
+            "the file system below cannot carry an upperdir (overlay on overlay, NFS), or one of the options is unknown \
+             to this kernel: put `root` on ext4, xfs or btrfs and look at overlayfs.mount_options"
+        }
+        _ => "see the kernel log (dmesg) for the reason",
+    };
+    DriverError::Unsupported(format!(
+        "overlayfs does not work on {} with options [{}]: {error}; {hint}",
+        root.display(),
+        options.join(",")
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_found_with_and_without_a_value() {
+        let options = ["index=on".to_owned(), "volatile".to_owned()];
+        assert!(has_option(&options, "index"));
+        assert!(has_option(&options, "volatile"));
+        assert!(!has_option(&options, "userxattr"));
+    }
+
+    #[test]
+    fn the_first_user_namespace_is_the_identity() {
+        assert!(is_identity("         0          0 4294967295\n"));
+        assert!(!is_identity("         0     100000      65536\n"));
+    }
+}

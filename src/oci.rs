@@ -1,0 +1,83 @@
+//! The names OCI gives to content: digests, and the chain ID that names a stack of layers.
+//!
+//! Pure values; used by every tier above. A [`Digest`] can only be made by parsing, so whoever holds one holds a
+//! well-formed `sha256:<64 lower-case hex digits>` and may use it as an object or file name part.
+//!
+//! Source: the OCI image specification, "Digests" (descriptor.md) and "Layer ChainID" (config.md).
+
+use std::fmt;
+use std::sync::Arc;
+
+/// A SHA-256 digest in OCI's text form. Only SHA-256 is accepted: every digest containerd's unpacker computes is one.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Digest(Arc<str>);
+
+/// What is wrong with a text that should have been a digest.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("not a digest: expected sha256: and 64 lower-case hexadecimal digits")]
+pub struct DigestError;
+
+impl Digest {
+    /// Parses `sha256:<64 lower-case hex digits>` and nothing else.
+    pub fn parse(text: &str) -> Result<Digest, DigestError> {
+        let hex = text.strip_prefix("sha256:").ok_or(DigestError)?;
+        let well_formed = hex.len() == 64 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        if well_formed { Ok(Digest(text.into())) } else { Err(DigestError) }
+    }
+
+    /// The text form, `sha256:...`.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Names a stack of layers, from the bottom up to one layer: OCI's ChainID.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChainId(pub Digest);
+
+impl fmt::Display for ChainId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for ChainId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_canonical_form_is_a_digest() {
+        let hex = "0123456789abcdef".repeat(4);
+        assert!(Digest::parse(&format!("sha256:{hex}")).is_ok());
+        for bad in [
+            String::new(),
+            "sha256:".into(),
+            hex.clone(),
+            format!("sha256:{}", hex.to_uppercase()),
+            format!("sha256:{hex}0"),
+            format!("sha512:{hex}"),
+            format!("sha256:{hex}\n"),
+            format!("sha256:../../{}", &hex[6..]),
+        ] {
+            assert_eq!(Digest::parse(&bad), Err(DigestError), "{bad:?}");
+        }
+    }
+}

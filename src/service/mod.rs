@@ -1,0 +1,88 @@
+//! The wire: gRPC on a unix socket, and metrics on a loopback port.
+//!
+//! **Where.** Built and owned by `daemon`; calls `snapshot` and nothing below it. The only module that knows gRPC: RPCs are in
+//! [`snapshots`], values are turned in `convert`, errors get their codes in `status`.
+//!
+//! **Invariants.** A call that changes something comes to its end even if its caller goes away. Nothing is answered that is not
+//! durable.
+
+use std::net::SocketAddr;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::proto::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
+use crate::snapshot::snapshotter::Snapshotter;
+use crate::telemetry::Metrics;
+
+mod convert;
+mod snapshots;
+mod status;
+
+/// containerd's own limit for messages, both ways.
+const MESSAGE_BYTES: usize = 16 * 1024 * 1024;
+
+/// Why serving ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The socket cannot be used.
+    #[error("cannot use the socket: {0}")]
+    Socket(#[source] std::io::Error),
+    /// The metrics port cannot be used.
+    #[error("cannot serve metrics on {address}: {source}")]
+    Metrics {
+        /// As configured.
+        address: SocketAddr,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The gRPC server failed.
+    #[error("gRPC server: {0}")]
+    Grpc(#[source] tonic::transport::Error),
+}
+
+/// Serves the snapshots API, with health beside it, until `stop`; then finishes what was begun.
+pub async fn serve(
+    listener: UnixListener,
+    snapshotter: Arc<Snapshotter>,
+    metrics: Metrics,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+) -> Result<(), ServeError> {
+    let listener = tokio::net::UnixListener::from_std(listener).map_err(ServeError::Socket)?;
+    let service = snapshots::SnapshotsService { snapshotter, tasks, metrics };
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<SnapshotsServer<snapshots::SnapshotsService>>().await;
+    let snapshots = SnapshotsServer::new(service)
+        .max_decoding_message_size(MESSAGE_BYTES)
+        .max_encoding_message_size(MESSAGE_BYTES);
+    tonic::transport::Server::builder()
+        .add_service(health_service)
+        .add_service(snapshots)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.cancelled_owned())
+        .await
+        .map_err(ServeError::Grpc)
+}
+
+/// Serves `GET /metrics` on `address` until `stop`.
+pub async fn serve_metrics(
+    listener: tokio::net::TcpListener,
+    metrics: Metrics,
+    stop: CancellationToken,
+) -> std::io::Result<()> {
+    const TEXT: [(&str, &str); 1] =
+        [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
+    let text = move || std::future::ready((TEXT, metrics.text()));
+    let router = axum::Router::new().route("/metrics", axum::routing::get(text));
+    axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await
+}
+
+/// Takes the metrics port.
+pub async fn bind_metrics(address: SocketAddr) -> Result<tokio::net::TcpListener, ServeError> {
+    let bound = tokio::net::TcpListener::bind(address).await;
+    bound.map_err(|source| ServeError::Metrics { address, source })
+}

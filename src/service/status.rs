@@ -1,0 +1,131 @@
+//! Errors → gRPC codes: the only file that knows codes.
+//!
+//! The match has no wildcard, so that a new variant forces the question "which code?". Three of them decide what containerd
+//! does: *not found* makes CRI unpack the image again, *failed precondition* is the only code its collector continues after,
+//! and *already exists* on a Prepare with a ref means a remote hit.
+
+use tonic::{Code, Status};
+
+use crate::driver::DriverError;
+use crate::snapshot::SnapshotError;
+use crate::snapshot::metastore::MetaError;
+
+/// What containerd is told.
+pub(super) fn status(error: &SnapshotError) -> Status {
+    Status::new(code(error), message(error))
+}
+
+/// The name of a code as metrics and logs show it.
+pub(super) fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "Cancelled",
+        Code::Unknown => "Unknown",
+        Code::InvalidArgument => "InvalidArgument",
+        Code::DeadlineExceeded => "DeadlineExceeded",
+        Code::NotFound => "NotFound",
+        Code::AlreadyExists => "AlreadyExists",
+        Code::PermissionDenied => "PermissionDenied",
+        Code::ResourceExhausted => "ResourceExhausted",
+        Code::FailedPrecondition => "FailedPrecondition",
+        Code::Aborted => "Aborted",
+        Code::OutOfRange => "OutOfRange",
+        Code::Unimplemented => "Unimplemented",
+        Code::Internal => "Internal",
+        Code::Unavailable => "Unavailable",
+        Code::DataLoss => "DataLoss",
+        Code::Unauthenticated => "Unauthenticated",
+    }
+}
+
+fn code(error: &SnapshotError) -> Code {
+    match error {
+        SnapshotError::NotFound { .. } | SnapshotError::ParentNotFound { .. } => Code::NotFound,
+        SnapshotError::AlreadyExists { .. } => Code::AlreadyExists,
+        SnapshotError::ParentNotCommitted { .. }
+        | SnapshotError::ParentMismatch { .. }
+        | SnapshotError::InvalidKey { .. }
+        | SnapshotError::InvalidLabels { .. }
+        | SnapshotError::ImmutableField { .. }
+        | SnapshotError::Filter(_)
+        | SnapshotError::Mapping(_) => Code::InvalidArgument,
+        SnapshotError::RebaseOntoUncommitted { .. }
+        | SnapshotError::NotActive { .. }
+        | SnapshotError::NotMountable { .. }
+        | SnapshotError::HasChildren { .. } => Code::FailedPrecondition,
+        SnapshotError::Driver(error) => driver_code(error),
+        SnapshotError::Meta(error) => meta_code(error),
+        SnapshotError::ShuttingDown => Code::Unavailable,
+    }
+}
+
+fn driver_code(error: &DriverError) -> Code {
+    match error {
+        DriverError::Full { .. } => Code::ResourceExhausted,
+        DriverError::Missing(_) => Code::DataLoss,
+        DriverError::Busy(_) => Code::FailedPrecondition,
+        DriverError::Cancelled => Code::Cancelled,
+        DriverError::Unsupported(_) | DriverError::Io { .. } => Code::Internal,
+    }
+}
+
+fn meta_code(error: &MetaError) -> Code {
+    match error {
+        MetaError::Full(_) => Code::ResourceExhausted,
+        MetaError::Closed | MetaError::Poisoned => Code::Unavailable,
+        MetaError::Foreign { .. }
+        | MetaError::Version { .. }
+        | MetaError::OtherDriver { .. }
+        | MetaError::Sqlite(_)
+        | MetaError::Io { .. }
+        | MetaError::NotPending { .. } => Code::Internal,
+    }
+}
+
+/// The message with its causes, in one line, short enough for a header of any client.
+fn message(error: &SnapshotError) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    match text.char_indices().nth(2000) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::Key;
+    use std::io;
+
+    #[test]
+    fn a_full_disk_is_resource_exhausted_with_its_cause() {
+        let source = io::Error::from(io::ErrorKind::StorageFull);
+        let status = status(&DriverError::at(std::path::Path::new("/l/1"), source).into());
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert!(status.message().contains("/l/1"), "{}", status.message());
+    }
+
+    /// containerd's conformance suite looks for the word.
+    #[test]
+    fn children_are_a_failed_precondition_that_says_remove() {
+        let status = status(&SnapshotError::HasChildren { key: Key::new("a").unwrap() });
+        assert_eq!(status.code(), Code::FailedPrecondition);
+        assert!(status.message().contains("remove"));
+    }
+
+    #[test]
+    fn a_hostile_key_neither_forges_lines_nor_floods_messages() {
+        let key = Key::new(&format!("evil\n{}", "x".repeat(30_000))).unwrap();
+        let status = status(&SnapshotError::NotFound { key });
+        assert!(!status.message().contains('\n'));
+        assert!(status.message().len() < 3000);
+    }
+}

@@ -1,0 +1,218 @@
+//! What the records say, in memory: every read is answered from here, so no read waits for the disk or for a writer.
+//!
+//! The writer thread changes it after each durable transaction and before the callers are answered; nobody else does.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use crate::driver::Id;
+use crate::snapshot::{Info, Key, Kind, Usage};
+
+/// One snapshot as recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// Its storage.
+    pub id: Id,
+    /// What containerd sees of it.
+    pub info: Info,
+    /// The chain ID it answers for, if it is the one that does for its parent.
+    pub answers_for: Option<String>,
+    /// What it takes; known for committed snapshots once measured.
+    pub usage: Option<Usage>,
+}
+
+/// How many there are of each.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    /// Views.
+    pub views: usize,
+    /// Active snapshots.
+    pub active: usize,
+    /// Committed snapshots.
+    pub committed: usize,
+    /// Ids made ahead.
+    pub pending: usize,
+    /// Ids whose storage is still to be freed.
+    pub removing: usize,
+    /// Bytes of all committed snapshots measured so far.
+    pub committed_bytes: u64,
+}
+
+/// One step of a transaction's effect.
+#[derive(Debug)]
+pub(super) enum Change {
+    /// This is the record of its key now; the second is the key it had before, if that was another.
+    Put(Arc<Record>, Option<Key>),
+    /// No such snapshot any more; its storage is to be freed.
+    Drop(Key),
+    /// A new Id, made ahead.
+    Pending(Id),
+    /// An Id that no snapshot will use.
+    Discarded(Id),
+    /// The storage is freed; the Id is gone.
+    Gone(Id),
+}
+
+/// See the module's page.
+#[derive(Debug, Default)]
+pub(super) struct Index {
+    snapshots: BTreeMap<Key, Arc<Record>>,
+    answering: HashMap<(String, Option<Key>), Key>,
+    unmeasured: BTreeSet<Key>,
+    pending: BTreeSet<Id>,
+    removing: BTreeSet<Id>,
+    slots: BTreeSet<u32>,
+}
+
+impl Index {
+    pub(super) fn get(&self, key: &Key) -> Option<&Arc<Record>> {
+        self.snapshots.get(key)
+    }
+
+    pub(super) fn all(&self) -> Vec<Arc<Record>> {
+        self.snapshots.values().cloned().collect()
+    }
+
+    /// The Ids below `record`, its parent first.
+    pub(super) fn ancestors(&self, record: &Record) -> Vec<Id> {
+        let mut ids = Vec::new();
+        let mut at = record.info.parent.as_ref();
+        while let Some(parent) = at.and_then(|key| self.snapshots.get(key)) {
+            ids.push(parent.id);
+            at = parent.info.parent.as_ref();
+        }
+        ids
+    }
+
+    pub(super) fn answering(&self, chain: &str, parent: Option<&Key>) -> Option<&Arc<Record>> {
+        self.snapshots.get(self.answering.get(&(chain.to_owned(), parent.cloned()))?)
+    }
+
+    pub(super) fn unmeasured(&self, skip: &HashSet<Id>) -> Option<Arc<Record>> {
+        let mut records = self.unmeasured.iter().filter_map(|key| self.snapshots.get(key));
+        records.find(|record| !skip.contains(&record.id)).cloned()
+    }
+
+    pub(super) fn pending(&self) -> Vec<Id> {
+        self.pending.iter().copied().collect()
+    }
+
+    pub(super) fn removing(&self) -> Vec<Id> {
+        self.removing.iter().copied().collect()
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        let mut counts =
+            Counts { pending: self.pending.len(), removing: self.removing.len(), ..Counts::default() };
+        for record in self.snapshots.values() {
+            match record.info.kind {
+                Kind::View => counts.views += 1,
+                Kind::Active => counts.active += 1,
+                Kind::Committed => counts.committed += 1,
+            }
+            counts.committed_bytes += record.usage.map_or(0, |usage| usage.bytes);
+        }
+        counts
+    }
+
+    pub(super) fn apply(&mut self, change: Change) {
+        match change {
+            Change::Put(record, before) => {
+                if let Some(before) = before {
+                    self.snapshots.remove(&before);
+                }
+                self.put(record);
+            }
+            Change::Drop(key) => {
+                if let Some(record) = self.snapshots.remove(&key) {
+                    self.unmeasured.remove(&key);
+                    self.no_longer_answers(&record);
+                    self.removing.insert(record.id);
+                }
+            }
+            Change::Pending(id) => {
+                self.slots.insert(id.slot);
+                self.pending.insert(id);
+            }
+            Change::Discarded(id) => {
+                self.slots.insert(id.slot);
+                self.pending.remove(&id);
+                self.removing.insert(id);
+            }
+            Change::Gone(id) => {
+                self.slots.remove(&id.slot);
+                self.pending.remove(&id);
+                self.removing.remove(&id);
+            }
+        }
+    }
+
+    fn put(&mut self, record: Arc<Record>) {
+        let key = record.info.name.clone();
+        self.slots.insert(record.id.slot);
+        self.pending.remove(&record.id);
+        if let Some(before) = self.snapshots.get(&key).cloned() {
+            self.no_longer_answers(&before);
+        }
+        if let Some(chain) = &record.answers_for {
+            self.answering.insert((chain.clone(), record.info.parent.clone()), key.clone());
+        }
+        match record.usage {
+            None if record.info.kind == Kind::Committed => self.unmeasured.insert(key.clone()),
+            _ => self.unmeasured.remove(&key),
+        };
+        self.snapshots.insert(key, record);
+    }
+
+    fn no_longer_answers(&mut self, record: &Record) {
+        if let Some(chain) = &record.answers_for {
+            self.answering.remove(&(chain.clone(), record.info.parent.clone()));
+        }
+    }
+}
+
+/// The slots that one transaction may give out: those that no Id has, and that it has not given already.
+#[derive(Debug)]
+pub(super) struct Slots<'a> {
+    index: &'a Index,
+    next: u32,
+}
+
+impl<'a> Slots<'a> {
+    pub(super) fn new(index: &'a Index) -> Slots<'a> {
+        Slots { index, next: 0 }
+    }
+
+    /// The smallest ones.
+    pub(super) fn take(&mut self, count: usize) -> Vec<u32> {
+        let mut used = self.index.slots.range(self.next..).copied().peekable();
+        let mut free = Vec::with_capacity(count);
+        while free.len() < count {
+            match used.next_if_eq(&self.next) {
+                Some(_) => {}
+                None => free.push(self.next),
+            }
+            self.next += 1;
+        }
+        free
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_smallest_free_slots_are_found() {
+        let mut index = Index::default();
+        assert_eq!(Slots::new(&index).take(3), [0, 1, 2]);
+        for (serial, slot) in [(1, 0), (2, 1), (3, 4)] {
+            index.apply(Change::Pending(Id { serial, slot }));
+        }
+        let mut slots = Slots::new(&index);
+        assert_eq!(slots.take(1), [2]);
+        assert_eq!(slots.take(3), [3, 5, 6]);
+        index.apply(Change::Gone(Id { serial: 1, slot: 0 }));
+        assert_eq!(Slots::new(&index).take(2), [0, 2]);
+    }
+}

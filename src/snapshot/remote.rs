@@ -1,0 +1,80 @@
+//! What the labels of a Prepare ask of the layer source.
+//!
+//! While it unpacks an image, containerd prepares each layer's snapshot with the chain ID it is going to have. If the source
+//! has that layer, the answer is *already exists* and containerd fetches nothing. Labels are hostile input: only
+//! [`LABEL_REF`] is always written by containerd itself, everything else under its prefix may come from the image's author.
+//! They are parsed once, here, into a [`LayerRequest`] or nothing; nothing is never an error, just an ordinary pull.
+//!
+//! Source: containerd `core/unpack` (who sets them), `core/metadata/snapshot.go` (what the answer must look like).
+
+use super::{Key, Labels};
+use crate::oci::{ChainId, Digest};
+
+/// The chain ID the snapshot is going to have. On extraction snapshots only.
+pub const LABEL_REF: &str = "containerd.io/snapshot.ref";
+/// The chain ID of the layer below; set by containerd 2.3 and newer for every layer but the first.
+pub const LABEL_PARENT_CHAIN: &str = "containerd.io/snapshot/parent-chain-id";
+
+/// A layer that containerd is about to fetch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerRequest {
+    /// The stack of layers up to and including this one.
+    pub chain: ChainId,
+}
+
+/// The layer that a Prepare with these labels on this parent asks for, if an *already exists* may be the answer.
+///
+/// In parallel unpack (capability `rebase`) containerd prepares every layer without a parent and names it at Commit.
+/// *Already exists* would then cut the chain, so such a request is an ordinary one (see [`is_detached`]).
+pub fn layer_request(labels: &Labels, parent: Option<&Key>) -> Option<LayerRequest> {
+    let chain = ChainId(Digest::parse(labels.get(LABEL_REF)?).ok()?);
+    if is_detached(labels, parent) { None } else { Some(LayerRequest { chain }) }
+}
+
+/// Whether this is a layer with something below it that is only told at Commit.
+///
+/// For the first layer of an image the label is the author's to forge. That costs the image its remote hit and gives its
+/// extraction an overlay without a lowerdir, which the applier handles as well: harmless.
+pub fn is_detached(labels: &Labels, parent: Option<&Key>) -> bool {
+    let below = labels.get(LABEL_PARENT_CHAIN).is_some_and(|chain| Digest::parse(chain).is_ok());
+    parent.is_none() && labels.contains_key(LABEL_REF) && below
+}
+
+/// The name of the committed snapshot made for a hit. No client's key can look so: containerd prefixes keys with a
+/// namespace, and a namespace starts with a letter or digit.
+pub fn committed_name(serial: u64, chain: &ChainId) -> String {
+    format!("@layer/{serial}/{chain}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chain(digit: char) -> String {
+        format!("sha256:{}", String::from(digit).repeat(64))
+    }
+
+    #[test]
+    fn a_chain_id_is_a_request() {
+        let labels = Labels::from([(LABEL_REF.into(), chain('a'))]);
+        assert_eq!(layer_request(&labels, None).unwrap().chain.to_string(), chain('a'));
+    }
+
+    #[test]
+    fn a_forged_ref_is_an_ordinary_pull() {
+        for forged in ["", "latest", "sha256:../../../etc/passwd", "sha256:A", "../x\n", &"a".repeat(4000)] {
+            let labels = Labels::from([(LABEL_REF.into(), forged.into())]);
+            assert_eq!(layer_request(&labels, None), None, "{forged:?}");
+        }
+    }
+
+    #[test]
+    fn a_layer_prepared_away_from_its_parent_is_an_ordinary_pull() {
+        let labels = Labels::from([(LABEL_REF.into(), chain('a')), (LABEL_PARENT_CHAIN.into(), chain('b'))]);
+        assert!(is_detached(&labels, None));
+        assert_eq!(layer_request(&labels, None), None);
+        let parent = Key::new("p").unwrap();
+        assert!(!is_detached(&labels, Some(&parent)));
+        assert!(layer_request(&labels, Some(&parent)).is_some());
+    }
+}

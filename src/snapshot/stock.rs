@@ -1,0 +1,128 @@
+//! Storage Ids made ahead, so that a Prepare is one durable write.
+//!
+//! An Id must be recorded before anything exists on storage (M4), and its storage must be durable before a snapshot is
+//! recorded on it. Both are done here, ahead, in batches: each Id in stock is Pending in the records and has its empty
+//! directories. When the stock is empty, the caller makes one for itself, so an error on storage reaches the call that meets
+//! it, and a burst is slower but not blocked.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use super::SnapshotError;
+use super::metastore::MetaStore;
+use crate::driver::{Driver, DriverError, Id};
+
+/// How many Ids are kept at most.
+pub const CAPACITY: usize = 64;
+const LOW: usize = CAPACITY / 2;
+const RETRY: Duration = Duration::from_secs(1);
+
+/// See the module's page.
+#[derive(Debug)]
+pub struct Stock {
+    meta: Arc<MetaStore>,
+    driver: Arc<dyn Driver>,
+    ids: Mutex<Vec<Id>>,
+    low: Notify,
+}
+
+impl Stock {
+    /// An empty stock; [`Stock::fill`] fills it.
+    pub fn new(meta: Arc<MetaStore>, driver: Arc<dyn Driver>) -> Stock {
+        Stock { meta, driver, ids: Mutex::new(Vec::with_capacity(CAPACITY)), low: Notify::new() }
+    }
+
+    /// An Id with empty storage, Pending in the records.
+    pub async fn take(&self) -> Result<Id, SnapshotError> {
+        let taken = {
+            let mut ids = self.ids.lock();
+            let taken = ids.pop();
+            if ids.len() < LOW {
+                self.low.notify_one();
+            }
+            taken
+        };
+        match taken {
+            Some(id) => Ok(id),
+            None => self.make_one().await,
+        }
+    }
+
+    async fn make_one(&self) -> Result<Id, SnapshotError> {
+        let ids = self.meta.reserve(1).await?;
+        let made = self.make_storage(ids.clone()).await;
+        match (ids.first(), made) {
+            (Some(id), Ok(())) => Ok(*id),
+            (Some(id), Err(error)) => {
+                if let Err(error) = self.meta.discard(*id).await {
+                    tracing::warn!(serial = id.serial, %error, "an unused id stays until the next start");
+                }
+                Err(error)
+            }
+            (None, _) => Err(DriverError::Unsupported("no id was reserved".into()).into()),
+        }
+    }
+
+    async fn make_storage(&self, ids: Vec<Id>) -> Result<(), SnapshotError> {
+        let driver = Arc::clone(&self.driver);
+        blocking(move || driver.reserve(&ids)).await
+    }
+
+    /// Keeps the stock filled until `stop`.
+    pub async fn fill(&self, stop: CancellationToken) {
+        let mut unmade: Vec<Id> = Vec::new();
+        loop {
+            if self.ids.lock().len() >= LOW {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = self.low.notified() => {}
+                }
+            }
+            if stop.is_cancelled() {
+                return;
+            }
+            if let Err(error) = self.refill(&mut unmade).await {
+                tracing::warn!(%error, "cannot make storage ahead; trying again");
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = tokio::time::sleep(RETRY) => {}
+                }
+            }
+        }
+    }
+
+    /// `unmade` keeps the Ids of a failed attempt: they are tried again, so that a full disk does not eat one batch a second.
+    async fn refill(&self, unmade: &mut Vec<Id>) -> Result<(), SnapshotError> {
+        if unmade.is_empty() {
+            let wanted = CAPACITY.saturating_sub(self.ids.lock().len());
+            *unmade = self.meta.reserve(wanted).await?;
+        }
+        self.make_storage(unmade.clone()).await?;
+        let mut ids = self.ids.lock();
+        // The oldest serial is taken first: directories in use stay close together.
+        let mut fresh = std::mem::take(unmade);
+        fresh.reverse();
+        fresh.append(&mut ids);
+        *ids = fresh;
+        Ok(())
+    }
+}
+
+/// Runs blocking code on a thread of its own; a panic in it becomes a panic of the caller.
+pub(super) async fn blocking<T, E>(
+    run: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, SnapshotError>
+where
+    T: Send + 'static,
+    E: Into<SnapshotError> + Send + 'static,
+{
+    match tokio::task::spawn_blocking(run).await {
+        Ok(result) => result.map_err(Into::into),
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(_) => Err(SnapshotError::ShuttingDown),
+    }
+}

@@ -1,0 +1,217 @@
+//! What the outside can see: logs and metrics. Their names are spelled here and nowhere else.
+//!
+//! Logs go to standard error: for people on a terminal, one JSON object a line otherwise. Metrics are Prometheus text, served
+//! by `service` on a loopback port when one is configured.
+
+use std::fmt;
+use std::io::IsTerminal;
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, LabelValueEncoder,
+};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+use tracing_subscriber::EnvFilter;
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Human on a terminal, JSON otherwise.
+    Auto,
+    /// For people.
+    Human,
+    /// One object a line.
+    Json,
+}
+
+/// Why logs cannot be written as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    /// The level is not one.
+    #[error(
+        "log level {0:?} is not one of error, warn, info, debug, trace, or a filter such as info,speedy=debug"
+    )]
+    Level(String),
+    /// Somebody set up logs before.
+    #[error("logs are set up already")]
+    Twice,
+}
+
+/// Starts logging to standard error.
+pub fn init_logs(level: &str, format: LogFormat) -> Result<(), TelemetryError> {
+    let filter = EnvFilter::try_new(level).map_err(|_| TelemetryError::Level(level.to_owned()))?;
+    let human = match format {
+        LogFormat::Human => true,
+        LogFormat::Json => false,
+        LogFormat::Auto => std::io::stderr().is_terminal(),
+    };
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let started = match human {
+        true => logs.with_target(false).with_ansi(std::io::stderr().is_terminal()).try_init(),
+        false => logs.json().flatten_event(true).with_current_span(true).with_span_list(false).try_init(),
+    };
+    started.map_err(|_| TelemetryError::Twice)
+}
+
+/// The RPCs of the snapshots service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "each is the RPC of its name")]
+pub enum Method {
+    Prepare,
+    View,
+    Mounts,
+    Commit,
+    Remove,
+    Stat,
+    Update,
+    List,
+    Usage,
+    Cleanup,
+}
+
+impl Method {
+    /// The RPC's name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Method::Prepare => "Prepare",
+            Method::View => "View",
+            Method::Mounts => "Mounts",
+            Method::Commit => "Commit",
+            Method::Remove => "Remove",
+            Method::Stat => "Stat",
+            Method::Update => "Update",
+            Method::List => "List",
+            Method::Usage => "Usage",
+            Method::Cleanup => "Cleanup",
+        }
+    }
+}
+
+impl EncodeLabelValue for Method {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+        self.as_str().encode(encoder)
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Call {
+    method: Method,
+    code: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CallMethod {
+    method: Method,
+}
+
+/// What is counted while serving; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    registry: Arc<Registry>,
+    calls: Family<Call, Counter>,
+    durations: Family<CallMethod, Histogram>,
+}
+
+/// What is asked for when metrics are read.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Levels {
+    /// Views, active and committed snapshots.
+    pub snapshots: [(&'static str, usize); 3],
+    /// Ids made ahead.
+    pub pending_ids: usize,
+    /// Removed snapshots whose storage is not freed yet.
+    pub pending_removals: usize,
+    /// Bytes of all committed snapshots measured so far.
+    pub committed_bytes: u64,
+    /// Bytes of the metadata file and its log.
+    pub metadata_bytes: u64,
+    /// Bytes free on the file system that holds the root.
+    pub free_bytes: u64,
+}
+
+impl Metrics {
+    /// `levels` is called whenever metrics are read.
+    pub fn new(levels: impl Fn() -> Levels + Send + Sync + 'static) -> Metrics {
+        let mut registry = Registry::with_prefix("speedy");
+        let calls = Family::<Call, Counter>::default();
+        // 50 us to 6.5 s, each bound three times the one before.
+        const BOUNDS: [f64; 11] = [0.00005, 0.00015, 0.0005, 0.0015, 0.005, 0.015, 0.05, 0.15, 0.5, 1.5, 5.0];
+        let durations = Family::<CallMethod, Histogram>::new_with_constructor(|| Histogram::new(BOUNDS));
+        registry.register("rpc_calls", "Calls answered, by method and gRPC code", calls.clone());
+        registry.register_with_unit(
+            "rpc_duration",
+            "Time from a call's arrival to its answer",
+            Unit::Seconds,
+            durations.clone(),
+        );
+        registry.register_collector(Box::new(LevelCollector(levels)));
+        Metrics { registry: Arc::new(registry), calls, durations }
+    }
+
+    /// Counts an answered call.
+    pub fn rpc(&self, method: Method, code: &'static str, took: Duration) {
+        self.calls.get_or_create(&Call { method, code }).inc();
+        self.durations.get_or_create(&CallMethod { method }).observe(took.as_secs_f64());
+    }
+
+    /// Everything, as Prometheus text.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        match prometheus_client::encoding::text::encode(&mut text, &self.registry) {
+            Ok(()) => text,
+            Err(fmt::Error) => String::from("# EOF\n"),
+        }
+    }
+}
+
+struct LevelCollector<F>(F);
+
+impl<F> fmt::Debug for LevelCollector<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LevelCollector")
+    }
+}
+
+impl<F: Fn() -> Levels + Send + Sync + 'static> Collector for LevelCollector<F> {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let levels = (self.0)();
+        let number = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        let mut kinds = encoder.encode_descriptor(
+            "snapshots",
+            "Snapshots, by kind",
+            None,
+            prometheus_client::metrics::MetricType::Gauge,
+        )?;
+        for (kind, count) in levels.snapshots {
+            ConstGauge::new(number(count)).encode(kinds.encode_family(&[("kind", kind)])?)?;
+        }
+        let gauges = [
+            ("pending_ids", "Storage made ahead of its use", None, number(levels.pending_ids)),
+            (
+                "pending_removals",
+                "Removed snapshots whose storage is not freed yet",
+                None,
+                number(levels.pending_removals),
+            ),
+            (
+                "committed",
+                "Allocated by committed snapshots, as far as measured",
+                Some(Unit::Bytes),
+                levels.committed_bytes,
+            ),
+            ("metadata", "Size of the metadata file and its log", Some(Unit::Bytes), levels.metadata_bytes),
+            ("root_free", "Free on the file system of the root", Some(Unit::Bytes), levels.free_bytes),
+        ];
+        for (name, help, unit, value) in gauges {
+            let gauge = ConstGauge::new(value);
+            gauge.encode(encoder.encode_descriptor(name, help, unit.as_ref(), gauge.metric_type())?)?;
+        }
+        Ok(())
+    }
+}
