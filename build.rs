@@ -7,6 +7,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "services/snapshots/v1/snapshots.proto",
             "services/introspection/v1/introspection.proto",
             "services/version/v1/version.proto",
+            "services/leases/v1/leases.proto",
         ],
         ["proto/containerd", "proto"],
     )?;

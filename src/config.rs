@@ -10,7 +10,8 @@
 //!
 //! Invariants:
 //! 1. Flags win over the environment, the environment over the file, the file over the defaults; per key.
-//! 2. Every key, variable and value given is known and valid, or nothing is loaded: an ignored setting is a trap.
+//! 2. Every key and value given is known and valid, or nothing is loaded: an ignored setting is a trap. Only a variable of
+//!    the environment that stands for nothing is ignored, and reported ([`UnknownVariable`]).
 //! 3. Every key has exactly one entry in [`Effective::sources`].
 //! 4. Credentials inside a store URL leave this module only through [`StoreUrl::as_str`]; printing redacts them.
 //!
@@ -237,14 +238,6 @@ pub enum ConfigError {
         /// The known key that is most like it.
         nearest: &'static str,
     },
-    /// A variable with our prefix that stands for nothing.
-    #[error("unknown environment variable {name}; did you mean {nearest}?")]
-    UnknownVariable {
-        /// The variable.
-        name: String,
-        /// The known variable that is most like it.
-        nearest: String,
-    },
     /// A value of another type than the key has.
     #[error("{place}: {key} is {found}; accepted: {accepted}")]
     WrongType {
@@ -278,6 +271,28 @@ pub struct Effective {
     pub config: Config,
     /// The source of each key.
     pub sources: BTreeMap<String, Source>,
+    /// What was ignored.
+    pub unknown_variables: Vec<UnknownVariable>,
+}
+
+/// A variable with our prefix that stands for no key. Ignored, but said: it may be a mistake, or somebody else's (Kubernetes
+/// puts `SPEEDY_SERVICE_HOST` and more into every pod beside a service called `speedy`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnknownVariable {
+    /// The variable.
+    pub name: String,
+    /// The known variable that is most like it.
+    pub nearest: String,
+}
+
+impl fmt::Display for UnknownVariable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "environment variable {} is ignored: there is no such setting; did you mean {}?",
+            self.name, self.nearest
+        )
+    }
 }
 
 /// The variables of this process that concern us; bytes that are no text become the replacement character and are
@@ -320,10 +335,10 @@ pub fn load_with_default(
         }
     }
     for (name, value) in variables {
-        let key = key::by_variable(&name).ok_or_else(|| ConfigError::UnknownVariable {
-            nearest: key::nearest_variable(&name),
-            name: name.clone(),
-        })?;
+        let Some(key) = key::by_variable(&name) else {
+            effective.unknown_variables.push(UnknownVariable { nearest: key::nearest_variable(&name), name });
+            continue;
+        };
         effective.set(key, Given::Word(value), Source::Env(name.clone()), Place::Env(name))?;
     }
     for (name, flag, given) in flags.given() {
@@ -337,7 +352,7 @@ impl Effective {
     /// What holds when nobody says anything.
     pub fn defaults() -> Effective {
         let sources = KEYS.iter().map(|key| (key.name.to_owned(), Source::Default)).collect();
-        Effective { config: Config::default(), sources }
+        Effective { config: Config::default(), sources, unknown_variables: Vec::new() }
     }
 
     fn set(&mut self, key: &Key, given: Given, source: Source, place: Place) -> Result<(), ConfigError> {

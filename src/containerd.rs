@@ -29,7 +29,7 @@ pub enum ContainerdError {
 /// Connects to containerd's socket.
 pub async fn connect(socket: &Path) -> Result<Channel, ContainerdError> {
     // The authority is not used on a unix socket, but HTTP/2 wants one.
-    let endpoint = Endpoint::from_static("http://localhost").connect_timeout(TIMEOUT).timeout(TIMEOUT);
+    let endpoint = Endpoint::from_static("http://localhost").connect_timeout(TIMEOUT);
     let socket = socket.to_owned();
     let connector = tower::service_fn(move |_| {
         let socket = socket.clone();
@@ -41,7 +41,9 @@ pub async fn connect(socket: &Path) -> Result<Channel, ContainerdError> {
 /// The version that answers on the socket, such as `v2.4.2`.
 pub async fn version(socket: &Path) -> Result<String, ContainerdError> {
     let mut client = VersionClient::new(connect(socket).await?);
-    Ok(client.version(()).await?.into_inner().version)
+    let mut request = tonic::Request::new(());
+    request.set_timeout(TIMEOUT);
+    Ok(client.version(request).await?.into_inner().version)
 }
 
 /// Reports in the log which containerd is there, now and whenever that changes, until `stop`.

@@ -97,6 +97,8 @@ pub async fn run(
         Some(address) => Some(service::bind_metrics(address).await?),
         None => None,
     };
+    // The port as it was given: a configured 0 takes any.
+    let metrics_address = metrics_port.as_ref().and_then(|port| port.local_addr().ok());
     let bound = match inherited {
         Some(listener) => Bound::inherited(listener)?,
         None => socket::listen(&config.address)?,
@@ -127,6 +129,7 @@ pub async fn run(
     tracing::info!(
         address = %config.address.display(),
         root = %config.root.display(),
+        metrics = metrics_address.map(tracing::field::display),
         snapshots = counts.views + counts.active + counts.committed,
         to_free = counts.removing,
         "ready"
@@ -244,6 +247,7 @@ fn require_unoccupied(root: &Path) -> Result<(), DaemonError> {
         let name = entry.map_err(refused)?.file_name();
         let ours = name == "lock"
             || name == "lost+found"
+            || name == metastore::RESERVE
             || starts_with(&name, "metadata.db.new")
             || starts_with(&name, ".probe-")
             || (name == "l" && is_empty_dir(&root.join("l")));

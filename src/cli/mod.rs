@@ -7,6 +7,8 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::config::{self, Effective, Flags};
 
+pub mod check;
+mod check_verb;
 mod serve;
 mod show_config;
 
@@ -27,6 +29,17 @@ enum Verb {
     ///
     /// Ready when the socket answers; tells systemd so. SIGTERM finishes the calls that have begun and exits with 0.
     Serve(Settings),
+    /// Look at this machine, at containerd and at the store, and print what to change
+    Check {
+        #[command(flatten)]
+        settings: Settings,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// containerd's configuration file [default: the running containerd's, else /etc/containerd/config.toml]
+        #[arg(long, value_name = "FILE")]
+        containerd_config: Option<PathBuf>,
+    },
     /// Print the effective configuration and where each value came from
     Config {
         #[command(flatten)]
@@ -86,7 +99,9 @@ impl Settings {
             store: self.store,
             metrics: self.metrics,
         };
-        Ok(config::load(&flags, config::environment())?)
+        let effective = config::load(&flags, config::environment())?;
+        effective.unknown_variables.iter().for_each(warn);
+        Ok(effective)
     }
 }
 
@@ -94,6 +109,9 @@ impl Settings {
 pub fn run() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Serve(settings) => settings.load().and_then(|effective| serve::run(&effective)),
+        Verb::Check { settings, json, containerd_config } => settings
+            .load()
+            .and_then(|effective| check_verb::run(&effective, containerd_config.as_deref(), json)),
         Verb::Config { settings, json } => {
             settings.load().and_then(|effective| show_config::run(&effective, json))
         }
@@ -136,4 +154,9 @@ fn print_man() -> anyhow::Result<ExitCode> {
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let io = error.downcast_ref::<std::io::Error>();
     io.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+#[expect(clippy::print_stderr, reason = "before logs exist, and for verbs without logs")]
+fn warn(problem: &impl std::fmt::Display) {
+    eprintln!("speedy: warning: {problem}");
 }

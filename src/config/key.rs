@@ -134,7 +134,7 @@ pub(super) const KEYS: &[Key] = &[
     },
     Key {
         name: "metrics",
-        accepted: "\"\" for none, or a loopback address and port such as \"127.0.0.1:9464\" or \"[::1]:9464\"",
+        accepted: "\"\" for none, or a loopback address and port such as \"127.0.0.1:9890\" or \"[::1]:9890\"",
         set: |config, given| loopback(&given.text()?).map(|address| config.metrics = address),
         show: |config| json!(show::metrics_text(config.metrics)),
     },

@@ -13,8 +13,6 @@ use crate::sys::tree;
 /// The options every overlay mount must carry here, beside its directories: what the user configured, then `userxattr`
 /// and `index=off` where they apply. An error says what to change.
 pub fn overlay_options(root: &Path, configured: &[String]) -> Result<Vec<String>, DriverError> {
-    let trial = Trial::new(root)?;
-    trial.require_types(root)?;
     let mut options = configured.to_vec();
     if !has_option(&options, "userxattr") && in_user_namespace() {
         options.push("userxattr".into());
@@ -23,8 +21,20 @@ pub fn overlay_options(root: &Path, configured: &[String]) -> Result<Vec<String>
     if !has_option(&options, "index") && Path::new("/sys/module/overlay/parameters/index").exists() {
         options.push("index=off".into());
     }
-    trial.require_overlay(root, &options)?;
-    Ok(options)
+    match try_overlay(root, &options) {
+        // A start must be possible on a full disk: it is the way to free it.
+        Err(error @ DriverError::Full { .. }) => {
+            tracing::warn!(%error, "overlayfs is not tried on a full disk; taken for working");
+            Ok(options)
+        }
+        tried => tried.map(|()| options),
+    }
+}
+
+fn try_overlay(root: &Path, options: &[String]) -> Result<(), DriverError> {
+    let trial = Trial::new(root)?;
+    trial.require_types(root)?;
+    trial.require_overlay(root, options)
 }
 
 /// Whether `options` has `key`, alone or as `key=value`.
@@ -85,7 +95,7 @@ impl Trial {
             data.push_str(option);
         }
         let merged = self.dir.join("merged");
-        let mounted = TrialMount::overlay(&merged, &data).map_err(|error| explain(root, options, &error))?;
+        let mounted = TrialMount::overlay(&merged, &data).map_err(|error| explain(root, options, error))?;
         // A whiteout and a copied-up file are what a real container does first.
         let used = std::fs::remove_file(merged.join("file"))
             .and_then(|()| std::fs::write(merged.join("dir/new"), "x"))
@@ -94,11 +104,11 @@ impl Trial {
                 false => Ok(()),
             });
         drop(mounted);
-        used.map_err(|error| {
-            DriverError::Unsupported(format!(
-                "an overlay on {} can be mounted but not used ({error}): put `root` on ext4, xfs or btrfs",
-                root.display()
-            ))
+        used.map_err(|error| match DriverError::at(root, error) {
+            full @ DriverError::Full { .. } => full,
+            error => DriverError::Unsupported(format!(
+                "an overlay can be mounted but not used ({error}): put `root` on ext4, xfs or btrfs"
+            )),
         })
     }
 }
@@ -111,7 +121,10 @@ impl Drop for Trial {
     }
 }
 
-fn explain(root: &Path, options: &[String], error: &io::Error) -> DriverError {
+fn explain(root: &Path, options: &[String], error: io::Error) -> DriverError {
+    if error.kind() == io::ErrorKind::StorageFull {
+        return DriverError::at(root, error);
+    }
     const ENODEV: i32 = 19;
     let hint = match (error.kind(), error.raw_os_error()) {
         (io::ErrorKind::PermissionDenied, _) => {

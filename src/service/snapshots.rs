@@ -24,7 +24,7 @@ const LIST_INFOS: usize = 100;
 /// Bytes in one message of a List beyond which it is sent, well below containerd's limit of 16 MiB.
 const LIST_BYTES: usize = 2 * 1024 * 1024;
 
-/// The service. `tasks` owns the calls that change something: they come to their end even if the caller goes away.
+/// The service. `tasks` owns the calls of several steps: they come to their end even if the caller goes away.
 #[derive(Debug, Clone)]
 pub(super) struct SnapshotsService {
     pub(super) snapshotter: Arc<Snapshotter>,
@@ -35,9 +35,9 @@ pub(super) struct SnapshotsService {
 type Answer<T> = Result<Response<T>, Status>;
 
 impl SnapshotsService {
-    /// Runs a use case under its span, counts it, and gives its error a code. One that changes something runs on a task of
-    /// its own: a caller that cancels or times out does not leave it half done.
-    async fn change<T: Send + 'static>(
+    /// Runs a use case of several steps under its span, counts it, and gives its error a code. It runs on a task of its own: a
+    /// caller that cancels or times out does not leave it half done.
+    async fn run_to_end<T: Send + 'static>(
         &self,
         method: Method,
         span: tracing::Span,
@@ -54,6 +54,19 @@ impl SnapshotsService {
             }
             Err(_) => Err(SnapshotError::ShuttingDown),
         };
+        self.finish(method, &span, began, result)
+    }
+
+    /// The same for a use case of one step: to wait for an answer, or to hand one operation to the metadata store, which does
+    /// it wholly or not at all whether or not somebody still waits.
+    async fn run<T>(
+        &self,
+        method: Method,
+        span: tracing::Span,
+        run: impl Future<Output = Result<T, SnapshotError>>,
+    ) -> Result<T, Status> {
+        let began = Instant::now();
+        let result = run.instrument(span.clone()).await;
         self.finish(method, &span, began, result)
     }
 
@@ -122,7 +135,7 @@ impl Snapshots for SnapshotsService {
                 Prepared::AlreadyCommitted(name) => Err(SnapshotError::AlreadyExists { key: name }),
             }
         };
-        let mounts = convert::mounts(self.change(Method::Prepare, span, prepare).await?);
+        let mounts = convert::mounts(self.run_to_end(Method::Prepare, span, prepare).await?);
         Ok(Response::new(wire::PrepareSnapshotResponse { mounts }))
     }
 
@@ -133,7 +146,7 @@ impl Snapshots for SnapshotsService {
             let (key, parent) = (Key::new(&request.key)?, Key::optional(&request.parent)?);
             snapshotter.view(key, parent, convert::labels(request.labels)).await
         };
-        let mounts = convert::mounts(self.change(Method::View, span, view).await?);
+        let mounts = convert::mounts(self.run_to_end(Method::View, span, view).await?);
         Ok(Response::new(wire::ViewSnapshotResponse { mounts }))
     }
 
@@ -147,20 +160,19 @@ impl Snapshots for SnapshotsService {
 
     async fn commit(&self, request: Request<wire::CommitSnapshotRequest>) -> Answer<()> {
         let span = span(Method::Commit, request.metadata(), &request.get_ref().key);
-        let (request, snapshotter) = (request.into_inner(), Arc::clone(&self.snapshotter));
-        let commit = async move {
+        let request = request.into_inner();
+        let commit = async {
             let (name, key) = (Key::new(&request.name)?, Key::new(&request.key)?);
             let parent = Key::optional(&request.parent)?;
-            snapshotter.commit(name, key, parent, convert::labels(request.labels)).await
+            self.snapshotter.commit(name, key, parent, convert::labels(request.labels)).await
         };
-        self.change(Method::Commit, span, commit).await.map(Response::new)
+        self.run(Method::Commit, span, commit).await.map(Response::new)
     }
 
     async fn remove(&self, request: Request<wire::RemoveSnapshotRequest>) -> Answer<()> {
         let span = span(Method::Remove, request.metadata(), &request.get_ref().key);
-        let (request, snapshotter) = (request.into_inner(), Arc::clone(&self.snapshotter));
-        let remove = async move { snapshotter.remove(Key::new(&request.key)?).await };
-        self.change(Method::Remove, span, remove).await.map(Response::new)
+        let remove = async { self.snapshotter.remove(Key::new(&request.get_ref().key)?).await };
+        self.run(Method::Remove, span, remove).await.map(Response::new)
     }
 
     async fn stat(&self, request: Request<wire::StatSnapshotRequest>) -> Answer<wire::StatSnapshotResponse> {
@@ -177,13 +189,13 @@ impl Snapshots for SnapshotsService {
     ) -> Answer<wire::UpdateSnapshotResponse> {
         let key = request.get_ref().info.as_ref().map_or("", |info| &info.name);
         let span = span(Method::Update, request.metadata(), key);
-        let (request, snapshotter) = (request.into_inner(), Arc::clone(&self.snapshotter));
-        let update = async move {
+        let request = request.into_inner();
+        let update = async {
             let info = request.info.unwrap_or_default();
             let update = convert::label_update(info.labels, request.update_mask)?;
-            snapshotter.update(Key::new(&info.name)?, update).await
+            self.snapshotter.update(Key::new(&info.name)?, update).await
         };
-        let info = Some(convert::info(self.change(Method::Update, span, update).await?));
+        let info = Some(convert::info(self.run(Method::Update, span, update).await?));
         Ok(Response::new(wire::UpdateSnapshotResponse { info }))
     }
 
@@ -199,21 +211,18 @@ impl Snapshots for SnapshotsService {
     }
 
     async fn usage(&self, request: Request<wire::UsageRequest>) -> Answer<wire::UsageResponse> {
-        let began = Instant::now();
         let span = span(Method::Usage, request.metadata(), &request.get_ref().key);
-        let usage = async {
-            let key = Key::new(&request.get_ref().key)?;
-            self.snapshotter.usage(&key).await
-        };
-        let usage = usage.instrument(span.clone()).await;
-        self.finish(Method::Usage, &span, began, usage).map(convert::usage).map(Response::new)
+        let usage = async { self.snapshotter.usage(&Key::new(&request.get_ref().key)?).await };
+        self.run(Method::Usage, span, usage).await.map(convert::usage).map(Response::new)
     }
 
     async fn cleanup(&self, request: Request<wire::CleanupRequest>) -> Answer<()> {
-        let began = Instant::now();
         let span = span(Method::Cleanup, request.metadata(), "");
-        self.snapshotter.cleanup().instrument(span.clone()).await;
-        self.finish(Method::Cleanup, &span, began, Ok(())).map(Response::new)
+        let cleanup = async {
+            self.snapshotter.cleanup().await;
+            Ok(())
+        };
+        self.run(Method::Cleanup, span, cleanup).await.map(Response::new)
     }
 }
 

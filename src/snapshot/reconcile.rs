@@ -22,7 +22,7 @@ use super::stock::blocking;
 use super::{Key, SnapshotError};
 use crate::driver::{Driver, DriverError, Id};
 
-/// How many freed Ids are forgotten in one transaction.
+/// How many Ids are freed, and then forgotten in one transaction, at a time.
 const FORGET: usize = 64;
 /// How long a removed snapshot's storage waits for a Cleanup call before it is freed without one.
 const IDLE: Duration = Duration::from_secs(60);
@@ -124,7 +124,7 @@ impl Reconciler {
         let stop = CancellationToken::new();
         for serial in &plan.unknown {
             tracing::info!(serial, "freeing storage that no record names");
-            self.free(Id { serial: *serial, slot: 0 }, &stop).await;
+            self.free(vec![Id { serial: *serial, slot: 0 }], &stop).await;
         }
         Ok(plan)
     }
@@ -156,39 +156,40 @@ impl Reconciler {
     }
 
     async fn pass(&self, stop: &CancellationToken) {
-        let mut freed = Vec::new();
-        for id in self.meta.removing() {
+        for ids in self.meta.removing().chunks(FORGET) {
+            let freed = self.free(ids.to_vec(), stop).await;
+            self.forget(freed).await;
             if stop.is_cancelled() {
-                break;
-            }
-            if self.free(id, stop).await {
-                freed.push(id);
-            }
-            if freed.len() >= FORGET {
-                self.forget(std::mem::take(&mut freed)).await;
+                return;
             }
         }
-        self.forget(freed).await;
     }
 
-    /// Whether the storage of `id` is free now.
-    async fn free(&self, id: Id, stop: &CancellationToken) -> bool {
+    /// Frees storage and answers the Ids whose storage is free now.
+    async fn free(&self, ids: Vec<Id>, stop: &CancellationToken) -> Vec<Id> {
         let (driver, stop) = (Arc::clone(&self.driver), stop.clone());
-        let removed = blocking(move || driver.remove(id, &|| stop.is_cancelled())).await;
-        match removed {
-            Ok(()) => {
-                self.reported.lock().remove(&id.serial);
-                true
-            }
-            Err(SnapshotError::Driver(DriverError::Cancelled) | SnapshotError::ShuttingDown) => false,
-            Err(error) => {
+        let removed = blocking(move || {
+            let cancelled = || stop.is_cancelled();
+            let remove = |id| (id, driver.remove(id, &cancelled));
+            let results = ids.into_iter().take_while(|_| !stop.is_cancelled()).map(remove);
+            Ok::<Vec<_>, SnapshotError>(results.collect())
+        });
+        let mut freed = Vec::new();
+        for (id, result) in removed.await.unwrap_or_default() {
+            match result {
+                Ok(()) => {
+                    self.reported.lock().remove(&id.serial);
+                    freed.push(id);
+                }
+                Err(DriverError::Cancelled) => {}
                 // Once for each, not once a minute.
-                if self.reported.lock().insert(id.serial) {
+                Err(error) if self.reported.lock().insert(id.serial) => {
                     tracing::warn!(serial = id.serial, %error, "cannot free storage yet; it will be tried again");
                 }
-                false
+                Err(_) => {}
             }
         }
+        freed
     }
 
     async fn forget(&self, ids: Vec<Id>) {

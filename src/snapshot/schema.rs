@@ -66,6 +66,8 @@ pub(super) fn open(path: &Path, driver: &str) -> Result<Connection, MetaError> {
     db.pragma_update(None, "journal_mode", "WAL")?;
     db.pragma_update(None, "synchronous", "FULL")?;
     db.pragma_update(None, "foreign_keys", true)?;
+    // The first write makes the log and its index: now, while the reserve is given up, not in the first call on a full disk.
+    db.execute("UPDATE property SET value = value WHERE name = 'driver'", [])?;
     db.set_prepared_statement_cache_capacity(64);
     Ok(db)
 }

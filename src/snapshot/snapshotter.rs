@@ -29,6 +29,9 @@ use crate::oci::ChainId;
 /// containerd's label for the directory that holds a snapshot's changes.
 pub const LABEL_UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
 
+/// How long after a commit its snapshot is measured.
+const MEASURE_DELAY: Duration = Duration::from_secs(2);
+
 /// Whose pulled layers may answer a Prepare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharing {
@@ -149,8 +152,9 @@ impl Snapshotter {
         labels: Labels,
     ) -> Result<(), SnapshotError> {
         check_labels(&labels)?;
-        self.meta.commit(NewCommit { name, key, parent, labels, now: Timestamp::now() }).await?;
+        // First, as the caller may go away while the record is written; the measuring waits a while anyway.
         self.committed.notify_one();
+        self.meta.commit(NewCommit { name, key, parent, labels, now: Timestamp::now() }).await?;
         Ok(())
     }
 
@@ -191,7 +195,7 @@ impl Snapshotter {
             (Kind::Active, None) => self.measure(record.id).await,
             (Kind::Committed, None) => {
                 let usage = self.measure(record.id).await?;
-                self.meta.measured(record.id, usage).await?;
+                self.meta.measured(vec![(record.id, usage)]).await?;
                 Ok(usage)
             }
         }
@@ -383,31 +387,41 @@ impl Snapshotter {
         blocking(move || driver.fill(id, &mut |dir| layer.write_to(dir))).await
     }
 
-    /// Measures committed snapshots, one after the other, off every caller's path. One that cannot be measured (its storage
-    /// is damaged) is passed over until something else is committed.
+    /// Measures committed snapshots off every caller's path: some time after a commit, so that the layers of a pull are measured
+    /// together, recorded in one transaction, and what is gone by then not at all. One that cannot be measured (its storage is
+    /// damaged) is passed over until something else is committed.
     async fn measure_committed(&self, stop: CancellationToken) {
         let mut skip = HashSet::new();
         loop {
-            let Some(record) = self.meta.unmeasured(&skip) else {
-                tokio::select! {
-                    () = stop.cancelled() => return,
-                    () = self.committed.notified() => skip.clear(),
-                }
-                continue;
-            };
-            let measured = tokio::select! {
-                () = stop.cancelled() => return,
-                usage = self.measure(record.id) => match usage {
-                    Ok(usage) => self.meta.measured(record.id, usage).await,
-                    Err(error) => Err(error),
-                },
-            };
-            if let Err(error) = measured
-                && self.meta.get(&record.info.name).is_some()
-            {
-                tracing::warn!(key = %record.info.name, %error, "cannot measure a committed snapshot");
+            let mut measured = Vec::new();
+            while let Some(record) = self.meta.unmeasured(&skip) {
                 skip.insert(record.id);
+                let usage = tokio::select! {
+                    () = stop.cancelled() => return,
+                    usage = self.measure(record.id) => usage,
+                };
+                match usage {
+                    Ok(usage) => measured.push((record.id, usage)),
+                    Err(_) if self.meta.get(&record.info.name).is_none() => {}
+                    Err(error) => {
+                        tracing::warn!(key = %record.info.name, %error, "cannot measure a committed snapshot");
+                    }
+                }
             }
+            if !measured.is_empty()
+                && let Err(error) = self.meta.measured(measured).await
+            {
+                tracing::warn!(%error, "cannot record what snapshots take; it is measured again when asked for");
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.committed.notified() => {}
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(MEASURE_DELAY) => {}
+            }
+            skip.clear();
         }
     }
 

@@ -75,6 +75,7 @@ impl Stock {
     /// Keeps the stock filled until `stop`.
     pub async fn fill(&self, stop: CancellationToken) {
         let mut unmade: Vec<Id> = Vec::new();
+        let mut failing = false;
         loop {
             if self.ids.lock().len() >= LOW {
                 tokio::select! {
@@ -85,12 +86,18 @@ impl Stock {
             if stop.is_cancelled() {
                 return;
             }
-            if let Err(error) = self.refill(&mut unmade).await {
-                tracing::warn!(%error, "cannot make storage ahead; trying again");
+            let refilled = self.refill(&mut unmade).await;
+            if let Err(error) = refilled {
+                // Once, not once a second.
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(%error, "cannot make storage ahead; trying again");
+                }
                 tokio::select! {
                     () = stop.cancelled() => return,
                     () = tokio::time::sleep(RETRY) => {}
                 }
+            } else {
+                failing = false;
             }
         }
     }

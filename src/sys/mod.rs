@@ -5,8 +5,10 @@
 
 #![allow(unsafe_code, reason = "raw system calls live here; each block states why it is sound")]
 
+pub mod idmap;
 pub mod lock;
 pub mod mount;
+pub mod reserve;
 pub mod socket;
 pub mod space;
 pub mod tree;

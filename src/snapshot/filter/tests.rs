@@ -71,77 +71,79 @@ fn nothing_and_the_empty_expression_match_everything() {
     assert!(Filter::parse(&[String::new(), "name=".into()]).is_err());
 }
 
+/// An expression, and which of the corpus it selects.
+const SELECTING: &[(&str, &[usize])] = &[
+    // Presence.
+    ("name", ALL),
+    ("parent", ALL),
+    ("unknown", NONE),
+    ("labels.tier", &[0, 2]),
+    ("labels.tier,name", &[0, 2]),
+    ("labels.empty", &[6]),
+    ("labels", NONE),
+    // Equality.
+    ("name==base", &[0, 2]),
+    ("name==\"base\"", &[0, 2]),
+    ("labels.tier==one", &[0]),
+    ("parent==\"\"", &[0]),
+    ("parent==\"a b, c\"", &[2]),
+    ("labels.a.b.c==x_y.z-0:1/2@3", &[5]),
+    ("labels.a.b.c", &[5]),
+    ("labels.\"a.b\".c", &[5]),
+    ("unknown==\"\"", NONE),
+    ("labels.empty==\"\"", &[6]),
+    // Inequality reads an absent field as empty.
+    ("name!=base", &[1, 3, 4, 5, 6]),
+    ("labels.tier!=one", &[1, 2, 3, 4, 5, 6]),
+    ("unknown!=x", ALL),
+    ("unknown!=\"\"", NONE),
+    // Conjunction.
+    ("name==base,labels.tier==two", &[2]),
+    ("name==base,labels.tier==three", NONE),
+    // Quoted paths.
+    ("labels.\"with some spaces\"", &[2]),
+    (r#"labels."a \\ and a \""==yes"#, &[3]),
+    (r#"labels."a \\ and a \"".tail==yes"#, &[4]),
+    (r#""name"=="top""#, &[1]),
+    // Regular expressions are not anchored.
+    ("parent~=[abc]+,name!=top", &[2, 3, 4, 5]),
+    ("parent~=/^[abc]+$/", &[4, 5]),
+    ("parent~=/^[abc]{2,3}$/", &[4, 5]),
+    ("parent~=|^p/1|", &[6]),
+    (r"parent~=/^p\/1/", &[6]),
+    (r#"parent~="^p/1""#, &[6]),
+    ("unknown~=x", NONE),
+    ("unknown~=/^$/", ALL),
+    // A broken pattern matches nothing, and is no error.
+    ("name~=(", NONE),
+    ("name~=/a{1001}/", NONE),
+    (r#"name~="\xff""#, NONE),
+    // Escapes.
+    (r#"name=="\x62\141\u0073\U00000065""#, &[0, 2]),
+    (r#"labels."caf\u00e9"=="\xe7\x89\x9b""#, &[6]),
+    ("labels.\"caf\u{e9}\"==\u{725b}", &[6]),
+    (r#"name=="\a\b\f\n\r\t\v\\\"""#, NONE),
+    // Bytes that are no text are equal to nothing.
+    (r#"name=="\xff""#, NONE),
+    (r#"name!="\xff""#, ALL),
+    (r#"labels."\xff""#, NONE),
+    (r#"labels."\xff"!=x"#, ALL),
+    (r#"name=="\ud800""#, NONE),
+    // White space before a token.
+    (" name ==  base", &[0, 2]),
+    ("name==base, labels.tier == two", &[2]),
+    ("labels. tier==one", &[0]),
+    ("name==base,\n\tlabels.tier==two", &[2]),
+    // Quotes inside an unquoted value are ordinary.
+    ("name==a\"b|c", NONE),
+    ("name==\u{1}x", NONE),
+    // What containerd's metadata layer sends after "already exists".
+    ("labels.\"containerd.io/snapshot.ref\"==sha256:00ff,parent==\"p/1/x\"", &[6]),
+];
+
 #[test]
 fn expressions_select_what_containerd_selects() {
-    let cases: &[(&str, &[usize])] = &[
-        // Presence.
-        ("name", ALL),
-        ("parent", ALL),
-        ("unknown", NONE),
-        ("labels.tier", &[0, 2]),
-        ("labels.tier,name", &[0, 2]),
-        ("labels.empty", &[6]),
-        ("labels", NONE),
-        // Equality.
-        ("name==base", &[0, 2]),
-        ("name==\"base\"", &[0, 2]),
-        ("labels.tier==one", &[0]),
-        ("parent==\"\"", &[0]),
-        ("parent==\"a b, c\"", &[2]),
-        ("labels.a.b.c==x_y.z-0:1/2@3", &[5]),
-        ("labels.a.b.c", &[5]),
-        ("labels.\"a.b\".c", &[5]),
-        ("unknown==\"\"", NONE),
-        ("labels.empty==\"\"", &[6]),
-        // Inequality reads an absent field as empty.
-        ("name!=base", &[1, 3, 4, 5, 6]),
-        ("labels.tier!=one", &[1, 2, 3, 4, 5, 6]),
-        ("unknown!=x", ALL),
-        ("unknown!=\"\"", NONE),
-        // Conjunction.
-        ("name==base,labels.tier==two", &[2]),
-        ("name==base,labels.tier==three", NONE),
-        // Quoted paths.
-        ("labels.\"with some spaces\"", &[2]),
-        (r#"labels."a \\ and a \""==yes"#, &[3]),
-        (r#"labels."a \\ and a \"".tail==yes"#, &[4]),
-        (r#""name"=="top""#, &[1]),
-        // Regular expressions are not anchored.
-        ("parent~=[abc]+,name!=top", &[2, 3, 4, 5]),
-        ("parent~=/^[abc]+$/", &[4, 5]),
-        ("parent~=/^[abc]{2,3}$/", &[4, 5]),
-        ("parent~=|^p/1|", &[6]),
-        (r"parent~=/^p\/1/", &[6]),
-        (r#"parent~="^p/1""#, &[6]),
-        ("unknown~=x", NONE),
-        ("unknown~=/^$/", ALL),
-        // A broken pattern matches nothing, and is no error.
-        ("name~=(", NONE),
-        ("name~=/a{1001}/", NONE),
-        (r#"name~="\xff""#, NONE),
-        // Escapes.
-        (r#"name=="\x62\141\u0073\U00000065""#, &[0, 2]),
-        (r#"labels."caf\u00e9"=="\xe7\x89\x9b""#, &[6]),
-        ("labels.\"caf\u{e9}\"==\u{725b}", &[6]),
-        (r#"name=="\a\b\f\n\r\t\v\\\"""#, NONE),
-        // Bytes that are no text are equal to nothing.
-        (r#"name=="\xff""#, NONE),
-        (r#"name!="\xff""#, ALL),
-        (r#"labels."\xff""#, NONE),
-        (r#"labels."\xff"!=x"#, ALL),
-        (r#"name=="\ud800""#, NONE),
-        // White space before a token.
-        (" name ==  base", &[0, 2]),
-        ("name==base, labels.tier == two", &[2]),
-        ("labels. tier==one", &[0]),
-        ("name==base,\n\tlabels.tier==two", &[2]),
-        // Quotes inside an unquoted value are ordinary.
-        ("name==a\"b|c", NONE),
-        ("name==\u{1}x", NONE),
-        // What containerd's metadata layer sends after "already exists".
-        ("labels.\"containerd.io/snapshot.ref\"==sha256:00ff,parent==\"p/1/x\"", &[6]),
-    ];
-    for (expression, expected) in cases {
+    for (expression, expected) in SELECTING {
         assert_eq!(found(&[expression]), *expected, "{expression}");
     }
 }

@@ -27,6 +27,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Key, Kind, LabelUpdate, Labels, SnapshotError, Timestamp, Usage, schema};
 use crate::driver::Id;
+use crate::sys::reserve::Reserve;
 
 mod index;
 mod tables;
@@ -34,6 +35,8 @@ mod tables;
 use index::{Change, Index, Slots};
 pub use index::{Counts, Record};
 
+/// The directory below the root that holds room for freeing room.
+pub const RESERVE: &str = "reserve";
 /// How many operations may wait for the writer; callers beyond wait for room.
 const QUEUE: usize = 1024;
 /// How many operations share one transaction at most.
@@ -194,12 +197,23 @@ impl From<rusqlite::Error> for OpError {
 trait Operation: Send {
     /// Runs inside a transaction; may be run again if that is rolled back.
     fn run(&mut self, db: &Connection, slots: &mut Slots<'_>) -> Result<Vec<Change>, rusqlite::Error>;
+    /// Whether it leads to room on a full disk.
+    fn room(&self) -> Room;
     /// Tells the caller how it ended.
     fn answer(self: Box<Self>, outcome: Result<(), MetaError>);
 }
 
+/// What an operation does to the room on the disk. One that frees some must not fail for want of it: containerd's collector
+/// gives up a whole pass when one Remove fails, and nothing would ever be freed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Room {
+    Takes,
+    Frees,
+}
+
 struct Request<T, F> {
     run: F,
+    room: Room,
     result: Option<Result<T, SnapshotError>>,
     reply: oneshot::Sender<Result<T, SnapshotError>>,
 }
@@ -217,6 +231,10 @@ where
         };
         self.result = Some(result);
         Ok(changes)
+    }
+
+    fn room(&self) -> Room {
+        self.room
     }
 
     fn answer(self: Box<Self>, outcome: Result<(), MetaError>) {
@@ -243,23 +261,26 @@ impl MetaStore {
     /// Opens `<root>/metadata.db`, making it where there is none, and starts the writer.
     pub fn open(root: &Path, driver: &str) -> Result<MetaStore, MetaError> {
         let path = root.join("metadata.db");
+        let io = |source| MetaError::Io { path: path.clone(), source };
+        let mut reserve = Reserve::given_up(root.join(RESERVE)).map_err(io)?;
         let db = schema::open(&path, driver)?;
         let mut index = Index::default();
         tables::load(&db)?.into_iter().for_each(|change| index.apply(change));
         let index = Arc::new(RwLock::new(index));
         let (queue, operations) = mpsc::channel(QUEUE);
-        let writer = Writer { db, index: Arc::clone(&index), poisoned: false };
+        reserve.hold();
+        let writer = Writer { db, index: Arc::clone(&index), reserve, poisoned: false };
         let writer = std::thread::Builder::new()
             .name("metastore".into())
             .spawn(move || writer.run(operations))
-            .map_err(|source| MetaError::Io { path: path.clone(), source })?;
+            .map_err(io)?;
         Ok(MetaStore { index, queue: Mutex::new(Some(queue)), writer: Mutex::new(Some(writer)), path })
     }
 
     /// The largest serial ever given out, and a guarantee that none up to `at_least` will be: for storage that the records do
     /// not know but must not be given to a new snapshot. Called before the first reservation.
     pub async fn skip_serials(&self, at_least: u64) -> Result<u64, SnapshotError> {
-        self.submit(move |db, _| {
+        self.submit(Room::Takes, move |db, _| {
             let refuse = |error: MetaError| OpError::Refused(error.into());
             let last = tables::last_serial(db).map_err(refuse)?;
             if last < at_least {
@@ -319,27 +340,27 @@ impl MetaStore {
 
     /// Records `count` new Pending Ids.
     pub async fn reserve(&self, count: usize) -> Result<Vec<Id>, SnapshotError> {
-        self.submit(move |db, slots| tables::reserve(db, &slots.take(count))).await
+        self.submit(Room::Takes, move |db, slots| tables::reserve(db, &slots.take(count))).await
     }
 
     /// Records an active snapshot or a view.
     pub async fn create(&self, new: NewSnapshot) -> Result<Arc<Record>, SnapshotError> {
-        self.submit(move |db, _| tables::create(db, &new)).await
+        self.submit(Room::Takes, move |db, _| tables::create(db, &new)).await
     }
 
     /// Records the committed snapshot that answers for `chain` on its parent, unless there is one.
     pub async fn adopt(&self, new: NewSnapshot, chain: String) -> Result<Adopted, SnapshotError> {
-        self.submit(move |db, _| tables::adopt(db, &new, &chain)).await
+        self.submit(Room::Takes, move |db, _| tables::adopt(db, &new, &chain)).await
     }
 
     /// Records a commit.
     pub async fn commit(&self, commit: NewCommit) -> Result<Arc<Record>, SnapshotError> {
-        self.submit(move |db, _| tables::commit(db, &commit)).await
+        self.submit(Room::Takes, move |db, _| tables::commit(db, &commit)).await
     }
 
     /// Removes a snapshot; its Id is Removing from now on.
     pub async fn remove(&self, key: Key) -> Result<(), SnapshotError> {
-        self.submit(move |db, _| tables::remove(db, &key)).await
+        self.submit(Room::Frees, move |db, _| tables::remove(db, &key)).await
     }
 
     /// Changes labels.
@@ -349,22 +370,22 @@ impl MetaStore {
         update: LabelUpdate,
         now: Timestamp,
     ) -> Result<Arc<Record>, SnapshotError> {
-        self.submit(move |db, _| tables::update(db, &key, &update, now)).await
+        self.submit(Room::Takes, move |db, _| tables::update(db, &key, &update, now)).await
     }
 
-    /// Keeps what a committed snapshot takes.
-    pub async fn measured(&self, id: Id, usage: Usage) -> Result<(), SnapshotError> {
-        self.submit(move |db, _| tables::measured(db, id, usage)).await
+    /// Keeps what committed snapshots take.
+    pub async fn measured(&self, usages: Vec<(Id, Usage)>) -> Result<(), SnapshotError> {
+        self.submit(Room::Takes, move |db, _| tables::measured(db, &usages)).await
     }
 
     /// A Pending Id that no snapshot will use is to be removed.
     pub async fn discard(&self, id: Id) -> Result<(), SnapshotError> {
-        self.submit(move |db, _| tables::discard(db, id)).await
+        self.submit(Room::Frees, move |db, _| tables::discard(db, id)).await
     }
 
     /// The storage of these Ids is freed (M4): they are gone.
     pub async fn forget(&self, ids: Vec<Id>) -> Result<(), SnapshotError> {
-        self.submit(move |db, _| tables::forget(db, &ids)).await
+        self.submit(Room::Frees, move |db, _| tables::forget(db, &ids)).await
     }
 
     /// Waits for what is queued, then closes the file. Later writes are refused.
@@ -377,14 +398,14 @@ impl MetaStore {
         }
     }
 
-    async fn submit<T, F>(&self, run: F) -> Result<T, SnapshotError>
+    async fn submit<T, F>(&self, room: Room, run: F) -> Result<T, SnapshotError>
     where
         T: Send + 'static,
         F: FnMut(&Connection, &mut Slots<'_>) -> Result<Done<T>, OpError> + Send + 'static,
     {
         let queue = self.queue.lock().clone().ok_or(MetaError::Closed)?;
         let (reply, answer) = oneshot::channel();
-        let request = Request { run, result: None, reply };
+        let request = Request { run, room, result: None, reply };
         queue.send(Box::new(request)).await.map_err(|_| MetaError::Closed)?;
         answer.await.map_err(|_| MetaError::Closed)?
     }
@@ -399,6 +420,7 @@ impl Drop for MetaStore {
 struct Writer {
     db: Connection,
     index: Arc<RwLock<Index>>,
+    reserve: Reserve,
     poisoned: bool,
 }
 
@@ -414,11 +436,21 @@ impl Writer {
     }
 
     fn write(&mut self, mut batch: Vec<Box<dyn Operation>>) {
+        let frees = batch.iter().any(|operation| operation.room() == Room::Frees);
         match self.transact(&mut batch) {
-            Ok(()) => batch.into_iter().for_each(|operation| operation.answer(Ok(()))),
+            Ok(()) => {
+                if frees {
+                    self.reserve.hold();
+                }
+                batch.into_iter().for_each(|operation| operation.answer(Ok(())));
+            }
             // One of them may be the cause: each alone, so that only that one fails.
             Err(_) if batch.len() > 1 => {
                 batch.into_iter().for_each(|operation| self.write(vec![operation]));
+            }
+            Err(MetaError::Full(_)) if frees && self.reserve.give_up().unwrap_or(false) => {
+                tracing::warn!("the disk is full; the reserve was given up to free room");
+                self.write(batch);
             }
             Err(error) => {
                 let mut error = Some(error);

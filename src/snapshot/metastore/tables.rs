@@ -233,16 +233,18 @@ pub(super) fn update(
     Ok(Done { answer: Arc::clone(&record), changes: vec![Change::Put(record, None)] })
 }
 
-/// Keeps what a committed snapshot takes. Nothing happens if it is gone by now.
-pub(super) fn measured(db: &Connection, id: Id, usage: Usage) -> Result<Done<()>, OpError> {
-    let serial = signed(id.serial);
-    db.prepare_cached("UPDATE snapshot SET bytes = ?2, inodes = ?3 WHERE serial = ?1 AND kind = 3")?
-        .execute(params![serial, signed(usage.bytes), signed(usage.inodes)])?;
-    let found = db
-        .prepare_cached(&format!("{RECORD} WHERE s.serial = ?1"))?
-        .query_row([serial], record_of)
-        .optional()?;
-    let changes = found.map(|record| Change::Put(Arc::new(record), None)).into_iter().collect();
+/// Keeps what committed snapshots take. Nothing happens for one that is gone by now.
+pub(super) fn measured(db: &Connection, usages: &[(Id, Usage)]) -> Result<Done<()>, OpError> {
+    let mut update =
+        db.prepare_cached("UPDATE snapshot SET bytes = ?2, inodes = ?3 WHERE serial = ?1 AND kind = 3")?;
+    let mut find = db.prepare_cached(&format!("{RECORD} WHERE s.serial = ?1"))?;
+    let mut changes = Vec::with_capacity(usages.len());
+    for (id, usage) in usages {
+        let serial = signed(id.serial);
+        if update.execute(params![serial, signed(usage.bytes), signed(usage.inodes)])? == 1 {
+            changes.push(Change::Put(Arc::new(find.query_row([serial], record_of)?), None));
+        }
+    }
     Ok(Done { answer: (), changes })
 }
 

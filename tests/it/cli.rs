@@ -1,0 +1,61 @@
+//! The command line as a user meets it: the real binary.
+
+use std::process::{Command, Output};
+
+fn speedy(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_speedy"));
+    command.args(args).env_clear().output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn help_names_every_verb() {
+    let help = String::from_utf8(speedy(&["--help"]).stdout).unwrap();
+    for verb in ["serve", "check", "config", "completion", "man"] {
+        assert!(help.contains(&format!("\n  {verb} ")), "{verb} is not in\n{help}");
+    }
+}
+
+#[test]
+fn completion_and_manual_are_printed() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = speedy(&["completion", shell]);
+        assert!(script.status.success() && script.stdout.len() > 500, "{shell}");
+    }
+    let page = String::from_utf8(speedy(&["man"]).stdout).unwrap();
+    assert!(page.starts_with(".ie") || page.contains(".TH speedy"), "{page}");
+}
+
+#[test]
+fn a_configuration_mistake_is_one_clear_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("speedy.toml");
+    std::fs::write(&file, "rooot = \"/x\"\n").unwrap();
+    let output = speedy(&["config", "--config", file.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    let message = stderr(&output);
+    assert!(message.contains("rooot") && message.contains("did you mean \"root\""), "{message}");
+    assert_eq!(message.lines().count(), 1, "{message}");
+}
+
+#[test]
+fn a_root_that_holds_something_else_is_refused_and_not_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    std::fs::create_dir_all(root.join("snapshots/1/fs")).unwrap();
+    let address = dir.path().join("s.sock");
+    let serve = ["serve", "--root", root.to_str().unwrap(), "--address", address.to_str().unwrap()];
+    let output = speedy(&serve);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("nothing was touched"), "{}", stderr(&output));
+    let left: Vec<_> = std::fs::read_dir(&root).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["snapshots"]);
+
+    std::fs::write(root.join("metadata.db"), vec![0; 32768]).unwrap();
+    let output = speedy(&serve);
+    assert!(stderr(&output).contains("not a metadata file of Speedy"), "{}", stderr(&output));
+    assert_eq!(std::fs::read_dir(&root).unwrap().count(), 2);
+}

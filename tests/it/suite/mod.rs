@@ -1,0 +1,3 @@
+//! Conformance: what every implementation of a trait must do.
+
+pub(crate) mod driver;

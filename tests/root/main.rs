@@ -1,0 +1,11 @@
+//! Tests of the real binary that need root: overlay mounts, sockets of systemd, kills.
+//!
+//! Without root every one of them fails with a message that says so: none passes without having run. `contrib/test` counts
+//! them as skipped there.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic anywhere and say what it did")]
+
+mod crash;
+mod mounts;
+mod process;
+mod serve;
