@@ -154,7 +154,8 @@ async fn compare_list(args: &Args, channel: &Channel) -> Result<()> {
     let mut client = SnapshotsClient::new(channel.clone());
     let base = unique("list");
     for name in &args.snapshotters {
-        fill(channel, name, &base, args.list).await?;
+        // One more for each round that removes one.
+        fill(channel, name, &base, args.list + args.rounds).await?;
     }
     let mut lists: HashMap<&str, Vec<Duration>> = HashMap::new();
     let mut passes: HashMap<&str, Vec<Duration>> = HashMap::new();
@@ -177,13 +178,6 @@ async fn compare_list(args: &Args, channel: &Channel) -> Result<()> {
     let median_of = |all: &HashMap<&str, Vec<Duration>>, name: &str| ms(median(all[name].clone()));
     print_row(args, "List by a client of containerd (ms)", |name| median_of(&lists, name));
     print_row(args, "collector's pass (ms)", |name| median_of(&passes, name));
-    for name in &args.snapshotters {
-        for n in 0..=args.list {
-            // Those removed above are gone already.
-            drop(remove(&mut client, name, &format!("{base}-{n}")).await);
-        }
-    }
-    collect(channel).await?;
     Ok(())
 }
 

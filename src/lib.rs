@@ -44,7 +44,7 @@ pub mod telemetry;
 pub mod readme {}
 
 /// Generated from `proto/` by `build.rs`.
-#[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
+#[allow(missing_docs, unreachable_pub, clippy::all, rustdoc::all, reason = "generated code")]
 pub mod proto {
     include!(concat!(env!("OUT_DIR"), "/proto.rs"));
 }

@@ -1,7 +1,7 @@
 //! Where remote layers come from.
 //!
 //! **What.** Answers one question for `snapshot`: is this layer to be had without containerd fetching it, and if so, write its
-//! content there. The source for now is [`memory`]: layers listed in a file, for trials and tests of everything around it. The
+//! content there. The source for now is `memory`: layers listed in a file, for trials and tests of everything around it. The
 //! object store takes its place behind the same two calls.
 //!
 //! **Where.** Called by `snapshot`; knows no snapshot.

@@ -1,7 +1,7 @@
 //! The wire: gRPC on a unix socket, and metrics on a loopback port.
 //!
 //! **Where.** Built and owned by `daemon`; calls `snapshot` and nothing below it. The only module that knows gRPC: RPCs are in
-//! [`snapshots`], values are turned in `convert`, errors get their codes in `status`.
+//! `snapshots`, values are turned in `convert`, errors get their codes in `status`.
 //!
 //! **Invariants.** A call that changes something comes to its end even if its caller goes away. Nothing is answered that is not
 //! durable.

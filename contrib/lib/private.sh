@@ -1,0 +1,198 @@
+# A private containerd, registry and Speedy under one temporary directory $W, side by side with
+# whatever the machine runs. Used by the end-to-end tests and by the demo.
+# shellcheck shell=bash
+#
+# Every daemon has a name; $W/NAME.pid and $W/NAME.log are its own. Paths in $W are short, because a
+# unix socket's path ends at 107 bytes.
+
+# world_make: makes $W. world_remove undoes all of it; call that from a trap.
+world_make() {
+    W=$(mktemp -d "${TMPDIR:-/tmp}/spd.XXXXXX")
+    chmod 711 "$W" # a container in a user namespace walks through it
+    # Names the containers' cgroups and containerd namespaces apart from everybody else's.
+    WORLD=spd-${W##*.}
+    mkdir -p "$W"/{conf.d,certs.d,speedy,fifo,tmp}
+    [[ -e /run/containerd ]] || touch "$W/alone"
+    CONTAINERD_ADDRESS=$W/containerd.sock
+    SPEEDY_ADDRESS=$W/speedy.sock
+    SPEEDY_ROOT=$W/speedy
+    ((${#CONTAINERD_ADDRESS} < 100)) || die "TMPDIR is too long for unix sockets: $W"
+}
+
+# daemon NAME COMMAND...: starts it in the background, in a session of its own.
+daemon() {
+    local name=$1
+    shift
+    setsid "$@" </dev/null >>"$W/$name.log" 2>&1 &
+    echo $! >"$W/$name.pid"
+}
+
+daemon_pid() { cat "$W/$1.pid" 2>/dev/null; }
+
+# A zombie has ended, only nobody has asked yet.
+pid_runs() {
+    local stat
+    stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+    [[ ${stat##*) } != Z* ]]
+}
+daemon_runs() { local pid; pid=$(daemon_pid "$1") && pid_runs "$pid"; }
+daemon_ended() { ! daemon_runs "$1"; }
+
+# daemon_stop NAME [SIGNAL]: sends the signal and waits for the end; after 15 s it is killed, which
+# counts as a failure.
+daemon_stop() {
+    local name=$1 signal=${2:-TERM} pid status=0
+    pid=$(daemon_pid "$name") || return 0
+    kill "-$signal" "$pid" 2>/dev/null || true
+    if ! wait_for 15 "the end of $name" daemon_ended "$name"; then
+        kill -KILL "$pid" 2>/dev/null || true
+        status=1
+    fi
+    rm -f "$W/$name.pid"
+    return "$status"
+}
+
+free_port() {
+    python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# start_registry: a registry on a free port of 127.0.0.1, known to containerd as plain http; sets $REGISTRY.
+start_registry() {
+    local port
+    port=$(free_port)
+    REGISTRY=127.0.0.1:$port
+    cat >"$W/registry.yml" <<END
+version: 0.1
+log: { level: warn }
+storage: { filesystem: { rootdirectory: $W/registry } }
+http: { addr: "$REGISTRY" }
+END
+    OTEL_TRACES_EXPORTER=none daemon registry "$(tool_path "registry-$REGISTRY_VERSION")/registry" serve "$W/registry.yml"
+    mkdir -p "$W/certs.d/$REGISTRY"
+    cat >"$W/certs.d/$REGISTRY/hosts.toml" <<END
+server = "http://$REGISTRY"
+[host."http://$REGISTRY"]
+  capabilities = ["pull", "resolve", "push"]
+END
+    wait_for 10 "the registry" curl -sf "http://$REGISTRY/v2/"
+}
+
+# make_images NAME...: makes test images and pushes them to the registry.
+make_images() {
+    python3 "$REPO/tests/e2e/mkimage.py" "$REGISTRY" "$W/expected" "$@"
+}
+
+# containerd_config SOURCE: the repository's own example, with this world's paths. What only a test
+# machine needs is laid over it as a fragment, through the example's own `imports`.
+containerd_config() {
+    sed -e "s|/var/lib/containerd|$W/lib|; s|/run/containerd/containerd.sock|$CONTAINERD_ADDRESS|" \
+        -e "s|\"/run/containerd\"|\"$W/run\"|; s|/etc/containerd/|$W/|" \
+        -e "s|/run/speedy/speedy.sock|$SPEEDY_ADDRESS|; s|/var/lib/speedy|$SPEEDY_ROOT|" \
+        "$1" >"$W/containerd.toml"
+    if [[ ${SNAPSHOTTER:-speedy} != speedy ]]; then
+        # Without Speedy: a plugin that nobody answers for would hold up every garbage collection.
+        awk '/^\[proxy_plugins/ { drop = 1 } /^\[+plugins/ { drop = 0 } !drop' "$W/containerd.toml" |
+            sed "s|snapshotter = \"speedy\"|snapshotter = \"$SNAPSHOTTER\"|" >"$W/containerd.toml.new"
+        mv "$W/containerd.toml.new" "$W/containerd.toml"
+    fi
+    cat >"$W/conf.d/private.toml" <<END
+version = 3
+[plugins.'io.containerd.cri.v1.runtime']
+  # Without CAP_SYS_RESOURCE, as in many test machines, no process may lower its oom score.
+  restrict_oom_score_adj = true
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = "${REGISTRY:-}/pause:1"
+[plugins.'io.containerd.internal.v1.opt']
+  path = "$W/opt"
+[plugins.'io.containerd.nri.v1.nri']
+  disable = true
+END
+}
+
+# start_containerd VERSION [CONFIGURATION]
+start_containerd() {
+    TOOLS=$(tool_path "containerd-$1")
+    containerd_config "${2:-$REPO/config/containerd.toml}"
+    # The shim is found through PATH; temporary mounts go to TMPDIR.
+    PATH="$TOOLS:$PATH" TMPDIR="$W/tmp" daemon containerd "$TOOLS/containerd" --config "$W/containerd.toml"
+    if ! wait_for 20 containerd containerd_answers; then
+        tail -n 20 "$W/containerd.log" >&2
+        return 1
+    fi
+}
+containerd_answers() { "$TOOLS/ctr" -a "$CONTAINERD_ADDRESS" version; }
+
+# start_speedy [FLAG...]: the daemon on this world's root and socket.
+start_speedy() {
+    daemon speedy "$SPEEDY" serve --address "$SPEEDY_ADDRESS" --root "$SPEEDY_ROOT" \
+        --containerd "$CONTAINERD_ADDRESS" "$@"
+    if ! wait_for 20 speedy speedy_answers; then
+        tail -n 20 "$W/speedy.log" >&2
+        return 1
+    fi
+}
+# Connecting is enough: the socket is made when the store behind it is open.
+speedy_answers() {
+    daemon_runs speedy && python3 -c 'import socket, sys
+s = socket.socket(socket.AF_UNIX); s.settimeout(1); s.connect(sys.argv[1])' "$SPEEDY_ADDRESS"
+}
+
+ctr() { "$TOOLS/ctr" -a "$CONTAINERD_ADDRESS" -n "${NAMESPACE:-$WORLD}" "$@"; }
+
+# namespaces: those of the private containerd.
+namespaces() { NAMESPACE='' ctr namespaces ls -q 2>/dev/null || true; }
+
+# remove_containers: of every namespace, running or not.
+remove_containers() {
+    local namespace id
+    for namespace in $(namespaces); do
+        for id in $(NAMESPACE=$namespace ctr tasks ls -q 2>/dev/null); do
+            NAMESPACE=$namespace ctr tasks rm -f "$id" >/dev/null 2>&1 || true
+        done
+        for id in $(NAMESPACE=$namespace ctr containers ls -q 2>/dev/null); do
+            NAMESPACE=$namespace ctr containers rm "$id" >/dev/null 2>&1 || true
+        done
+    done
+}
+
+# kill_shims: shims outlive containerd; ours name its socket in their arguments.
+kill_shims() {
+    local cmdline pid
+    for cmdline in /proc/[0-9]*/cmdline; do
+        pid=${cmdline#/proc/}
+        pid=${pid%/cmdline}
+        if { tr '\0' ' ' <"$cmdline"; } 2>/dev/null | grep -qF -- "-address $CONTAINERD_ADDRESS"; then
+            # The shim's children are the containers' first processes.
+            kill -KILL $(cat "/proc/$pid/task/"*/children 2>/dev/null) "$pid" 2>/dev/null || true
+        fi
+    done
+}
+
+mounts_below() {
+    awk -v top="$1/" 'index($5, top) == 1 { print $5 }' /proc/self/mountinfo | sort -r
+}
+
+# world_remove: leaves no container, process, mount or directory of this world behind.
+world_remove() {
+    [[ -n ${W:-} && -d $W ]] || return 0
+    local name mount directory
+    if [[ -n ${TOOLS:-} ]] && daemon_runs containerd; then
+        remove_containers
+    fi
+    for name in buildkitd containerd speedy registry; do
+        daemon_stop "$name" || true
+    done
+    kill_shims
+    for mount in $(mounts_below "$W"); do
+        umount "$mount" 2>/dev/null || umount -l "$mount" || true
+    done
+    for directory in $(find /sys/fs/cgroup -maxdepth 4 -type d -name "$WORLD*" 2>/dev/null | sort -r); do
+        find "$directory" -depth -type d -exec rmdir {} + 2>/dev/null || true
+    done
+    # Where runc, the shims and clients keep their state is shared. What was not there before goes, once empty.
+    rmdir "/run/containerd/runc/$WORLD"* 2>/dev/null || true
+    if [[ -e $W/alone ]]; then
+        find /run/containerd -depth -type d -exec rmdir {} + 2>/dev/null || true
+    fi
+    rm -rf --one-file-system "$W"
+}

@@ -1,0 +1,178 @@
+# What the end-to-end tests share: the little runner, and checks in words.
+# shellcheck shell=bash
+#
+# A test is a function test_NAME in a file tests/e2e/test-*.sh. It runs in a subshell with `set -e`,
+# so the first command that fails fails it; `skip WHY` ends it as skipped. State that outlives a test
+# (daemons, images) is in $W.
+
+PASSED=0 FAILED=0 SKIPPED=0
+SKIP_STATUS=77
+TEST_LIMIT=${TEST_LIMIT:-180} # seconds for one test
+
+skip() {
+    printf '%s\n' "$*" >"$W/skip"
+    exit "$SKIP_STATUS"
+}
+
+need_speedy() { [[ $SNAPSHOTTER == speedy ]] || skip "this is about Speedy itself"; }
+
+fail() {
+    printf 'FAILED: %s\n' "$*" >&2
+    exit 1
+}
+
+run_test() {
+    local name=$1 log="$W/test.log" start status=0 running watch
+    start=$(now_ms)
+    # In a process group of its own (set -m), so that all of it ends if it takes too long.
+    set -m
+    (
+        set -eE
+        trap 'echo "FAILED at ${BASH_SOURCE[0]##*/}:$LINENO: $BASH_COMMAND (status $?)" >&2' ERR
+        "$name"
+    ) >"$log" 2>&1 </dev/null &
+    running=$!
+    (sleep "$TEST_LIMIT" && echo "took more than $TEST_LIMIT s" >>"$log" && kill -KILL -- "-$running") >/dev/null 2>&1 &
+    watch=$!
+    set +m
+    wait "$running" 2>/dev/null || status=$?
+    kill -KILL -- "-$watch" 2>/dev/null || true
+    wait "$watch" 2>/dev/null || true
+    case $status in
+        0)
+            PASSED=$((PASSED + 1))
+            printf '%sok%s      %s (%s s)\n' "$GREEN" "$RESET" "${name#test_}" "$(seconds_since "$start")"
+            ;;
+        "$SKIP_STATUS")
+            SKIPPED=$((SKIPPED + 1))
+            printf '%sSKIPPED%s %s: %s\n' "$YELLOW" "$RESET" "${name#test_}" "$(cat "$W/skip")"
+            ;;
+        *)
+            FAILED=$((FAILED + 1))
+            printf '%sFAILED%s  %s (%s s)\n' "$RED" "$RESET" "${name#test_}" "$(seconds_since "$start")"
+            grep -v DEPRECATION "$log" | tail -n 40 | sed 's/^/        /'
+            ;;
+    esac
+    # A test that failed half-way must not fail the next one.
+    ((status == 0)) || [[ -z ${AFTER_FAILURE:-} ]] || "$AFTER_FAILURE"
+}
+
+# expect_equal WANT GOT WHAT
+expect_equal() {
+    [[ $1 == "$2" ]] && return 0
+    printf 'want: %s\ngot:  %s\n' "$1" "$2" >&2
+    fail "$3"
+}
+
+expect_contains() {
+    [[ $1 == *"$2"* ]] && return 0
+    printf 'want: ...%s...\ngot:  %s\n' "$2" "$1" >&2
+    fail "$3"
+}
+
+# same_files WANT GOT WHAT
+same_files() {
+    cmp -s "$1" "$2" && return 0
+    { diff -u "$1" "$2" || true; } | cut -c1-300 | head -n 30 >&2
+    fail "$3"
+}
+
+image() { printf '%s/%s:1' "$REGISTRY" "$1"; }
+
+# pull NAME [FLAG...]: with the snapshotter under test.
+pull() {
+    local name=$1
+    shift
+    ctr images pull --hosts-dir "$W/certs.d" --snapshotter "${ON:-$SNAPSHOTTER}" "$@" "$(image "$name")" >"$W/pull.log" 2>&1 && return
+    tail -n 1 "$W/pull.log" >&2
+    fail "cannot pull $name"
+}
+
+# ctr_run FLAGS... IMAGE ID COMMAND...: a container without a network, on the snapshotter under test.
+ctr_run() {
+    ctr run --fifo-dir "$W/fifo" --snapshotter "${ON:-$SNAPSHOTTER}" "$@"
+}
+
+# ctr_start ID IMAGE [FLAG...]: in the background, waiting for a signal.
+ctr_start() {
+    local id=$1 name=$2
+    shift 2
+    ctr_run --null-io -d "$@" "$(image "$name")" "$id" /bin/sh -c "trap 'exit 0' TERM INT; while :; do sleep 1000 & wait \$!; done"
+}
+
+ctr_exec() {
+    local id=$1
+    shift
+    ctr tasks exec --fifo-dir "$W/fifo" --exec-id "x$RANDOM$RANDOM" "$id" "$@"
+}
+
+task_pid() { ctr tasks ls | awk -v id="$1" '$1 == id { print $2 }'; }
+task_state() { ctr tasks ls | awk -v id="$1" '$1 == id { print $3 }'; }
+task_stopped() { [[ $(task_state "$1") == STOPPED ]]; }
+
+# ctr_remove ID...: the container and, with it, its snapshot.
+ctr_remove() {
+    local id
+    for id in "$@"; do
+        ctr tasks kill -s SIGTERM "$id" >/dev/null 2>&1 || true
+        wait_for 10 "the end of $id" task_stopped "$id" || ctr tasks kill -s SIGKILL "$id" || true
+        ctr tasks rm -f "$id" >/dev/null
+        ctr containers rm "$id"
+    done
+}
+
+# layer_directories: those of the snapshotter under test that hold anything. Speedy keeps a few
+# empty ones ready, which are no leftovers.
+layer_directories() {
+    local top=$SPEEDY_ROOT/l
+    [[ $SNAPSHOTTER == speedy ]] || top=$W/lib/io.containerd.snapshotter.v1.$SNAPSHOTTER/snapshots
+    find "$top" -mindepth 3 -maxdepth 3 -path '*/fs/*' -printf '%h\n' 2>/dev/null | sort -u
+}
+
+speedy_check() {
+    "$SPEEDY" check --json --root "$SPEEDY_ROOT" --address "$SPEEDY_ADDRESS" --containerd "$CONTAINERD_ADDRESS" \
+        --containerd-config "$W/containerd.toml"
+}
+
+store_is_consistent() {
+    [[ $SNAPSHOTTER != speedy ]] || [[ $(speedy_check | jq -r .store.consistent) == true ]]
+}
+
+nothing_is_left() { [[ -z $(layer_directories) ]] && store_is_consistent; }
+
+# expect_nothing_left: no snapshot in any namespace and no directory with content on the disk.
+expect_nothing_left() {
+    local namespace
+    if ! wait_for 20 "an empty disk" nothing_is_left; then
+        layer_directories >&2
+        [[ $SNAPSHOTTER != speedy ]] || speedy_check >&2 || true
+        fail "directories are left, or the store is not consistent"
+    fi
+    for namespace in $(namespaces); do
+        expect_equal "" "$(NAMESPACE=$namespace ctr snapshots --snapshotter "$SNAPSHOTTER" ls | tail -n +2)" "snapshots are left in $namespace"
+    done
+}
+
+# remove_snapshots: those that nobody but a test made, children first.
+remove_snapshots() {
+    local round names
+    for round in 1 2 3; do
+        names=$(ctr snapshots --snapshotter "$SNAPSHOTTER" ls | awk 'NR > 1 && $1 !~ /^sha256:/ { print $1 }')
+        [[ -n $names ]] || return 0
+        # shellcheck disable=SC2086 # a list of names without spaces
+        ctr snapshots --snapshotter "$SNAPSHOTTER" rm $names >/dev/null 2>&1 || true
+    done
+    note "snapshots are left after round $round: $names"
+}
+
+# remove_everything: every container and image, then a garbage collection.
+remove_everything() {
+    local namespace images
+    remove_containers
+    remove_snapshots
+    for namespace in $(namespaces); do
+        images=$(NAMESPACE=$namespace ctr images ls -q)
+        # shellcheck disable=SC2086 # a list of references without spaces
+        [[ -z $images ]] || NAMESPACE=$namespace ctr images rm --sync $images >/dev/null
+    done
+}
