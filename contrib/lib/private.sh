@@ -155,13 +155,13 @@ remove_containers() {
     done
 }
 
-# kill_shims: shims outlive containerd; ours name its socket in their arguments.
-kill_shims() {
+# kill_rest: shims outlive containerd, and a script that was killed may have left a daemon; ours have $W in their arguments.
+kill_rest() {
     local cmdline pid
     for cmdline in /proc/[0-9]*/cmdline; do
         pid=${cmdline#/proc/}
         pid=${pid%/cmdline}
-        if { tr '\0' ' ' <"$cmdline"; } 2>/dev/null | grep -qF -- "-address $CONTAINERD_ADDRESS"; then
+        if { tr '\0' ' ' <"$cmdline"; } 2>/dev/null | grep -qF -- "$W/" && ((pid != $$)); then
             # The shim's children are the containers' first processes.
             kill -KILL $(cat "/proc/$pid/task/"*/children 2>/dev/null) "$pid" 2>/dev/null || true
         fi
@@ -182,7 +182,7 @@ world_remove() {
     for name in buildkitd containerd speedy registry; do
         daemon_stop "$name" || true
     done
-    kill_shims
+    kill_rest
     for mount in $(mounts_below "$W"); do
         umount "$mount" 2>/dev/null || umount -l "$mount" || true
     done

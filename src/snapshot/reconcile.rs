@@ -118,9 +118,7 @@ impl Reconciler {
                 "storage that the records never gave out: is metadata.db older than the disk? It is left alone"
             );
         }
-        for id in self.meta.pending() {
-            self.meta.discard(id).await?;
-        }
+        self.meta.discard(self.meta.pending()).await?;
         let stop = CancellationToken::new();
         for serial in &plan.unknown {
             tracing::info!(serial, "freeing storage that no record names");

@@ -287,7 +287,7 @@ impl Snapshotter {
     }
 
     async fn discard(&self, id: Id) {
-        if let Err(error) = self.meta.discard(id).await {
+        if let Err(error) = self.meta.discard(vec![id]).await {
             tracing::warn!(serial = id.serial, %error, "an unused id stays until the next start");
         }
     }

@@ -58,7 +58,7 @@ impl Stock {
         match (ids.first(), made) {
             (Some(id), Ok(())) => Ok(*id),
             (Some(id), Err(error)) => {
-                if let Err(error) = self.meta.discard(*id).await {
+                if let Err(error) = self.meta.discard(vec![*id]).await {
                     tracing::warn!(serial = id.serial, %error, "an unused id stays until the next start");
                 }
                 Err(error)
@@ -67,15 +67,26 @@ impl Stock {
         }
     }
 
+    /// All of it or nothing: on a disk that is nearly full, half-made storage would keep others from what room there is.
     async fn make_storage(&self, ids: Vec<Id>) -> Result<(), SnapshotError> {
         let driver = Arc::clone(&self.driver);
-        blocking(move || driver.reserve(&ids)).await
+        blocking(move || {
+            let made = driver.reserve(&ids);
+            if made.is_err() {
+                for id in &ids {
+                    if let Err(error) = driver.remove(*id, &|| false) {
+                        tracing::warn!(serial = id.serial, %error, "half-made storage stays until the next start");
+                    }
+                }
+            }
+            made
+        })
+        .await
     }
 
     /// Keeps the stock filled until `stop`.
     pub async fn fill(&self, stop: CancellationToken) {
-        let mut unmade: Vec<Id> = Vec::new();
-        let mut failing = false;
+        let mut refill = Refill::default();
         loop {
             if self.ids.lock().len() >= LOW {
                 tokio::select! {
@@ -86,37 +97,43 @@ impl Stock {
             if stop.is_cancelled() {
                 return;
             }
-            let refilled = self.refill(&mut unmade).await;
-            if let Err(error) = refilled {
+            if let Err(error) = self.refill(&mut refill).await {
                 // Once, not once a second.
-                if !std::mem::replace(&mut failing, true) {
+                if !std::mem::replace(&mut refill.failing, true) {
                     tracing::warn!(%error, "cannot make storage ahead; trying again");
                 }
                 tokio::select! {
                     () = stop.cancelled() => return,
                     () = tokio::time::sleep(RETRY) => {}
                 }
-            } else {
-                failing = false;
             }
         }
     }
 
-    /// `unmade` keeps the Ids of a failed attempt: they are tried again, so that a full disk does not eat one batch a second.
-    async fn refill(&self, unmade: &mut Vec<Id>) -> Result<(), SnapshotError> {
-        if unmade.is_empty() {
+    /// Makes what is wanted at once, or a single one after a failure: on a full disk that must not eat one batch of Ids a second.
+    async fn refill(&self, refill: &mut Refill) -> Result<(), SnapshotError> {
+        if refill.recorded.is_empty() {
             let wanted = CAPACITY.saturating_sub(self.ids.lock().len());
-            *unmade = self.meta.reserve(wanted).await?;
+            refill.recorded = self.meta.reserve(if refill.failing { 1 } else { wanted }).await?;
         }
-        self.make_storage(unmade.clone()).await?;
-        let mut ids = self.ids.lock();
+        let count = if refill.failing { 1 } else { refill.recorded.len() };
+        self.make_storage(refill.recorded[..count].to_vec()).await?;
+        refill.failing = false;
         // The oldest serial is taken first: directories in use stay close together.
-        let mut fresh = std::mem::take(unmade);
-        fresh.reverse();
+        let mut fresh: Vec<Id> = refill.recorded.drain(..count).rev().collect();
+        let mut ids = self.ids.lock();
         fresh.append(&mut ids);
         *ids = fresh;
         Ok(())
     }
+}
+
+/// Where the filling stands.
+#[derive(Debug, Default)]
+struct Refill {
+    /// Pending Ids that have no storage yet.
+    recorded: Vec<Id>,
+    failing: bool,
 }
 
 /// Runs blocking code on a thread of its own; a panic in it becomes a panic of the caller.

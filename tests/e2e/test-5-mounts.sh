@@ -3,6 +3,7 @@
 
 test_user_namespace_with_mapped_ids() {
     local out
+    remove_everything
     pull eight
     if ! out=$(ctr_run --rm --remap-labels --uidmap 0:100000:65536 --gidmap 0:100000:65536 "$(image eight)" mapped \
         sh -c 'cat /proc/self/uid_map; id -u; stat -c "%u:%g %a" /data/hello /special/guests; touch /data/mine; stat -c %u /data/mine' 2>&1); then

@@ -378,9 +378,9 @@ impl MetaStore {
         self.submit(Room::Takes, move |db, _| tables::measured(db, &usages)).await
     }
 
-    /// A Pending Id that no snapshot will use is to be removed.
-    pub async fn discard(&self, id: Id) -> Result<(), SnapshotError> {
-        self.submit(Room::Frees, move |db, _| tables::discard(db, id)).await
+    /// Pending Ids that no snapshot will use are to be removed.
+    pub async fn discard(&self, ids: Vec<Id>) -> Result<(), SnapshotError> {
+        self.submit(Room::Frees, move |db, _| tables::discard(db, &ids)).await
     }
 
     /// The storage of these Ids is freed (M4): they are gone.

@@ -248,11 +248,15 @@ pub(super) fn measured(db: &Connection, usages: &[(Id, Usage)]) -> Result<Done<(
     Ok(Done { answer: (), changes })
 }
 
-/// Pending → Removing.
-pub(super) fn discard(db: &Connection, id: Id) -> Result<Done<()>, OpError> {
-    let discard = "UPDATE storage SET state = ?2 WHERE serial = ?1 AND state = ?3";
-    let changed = db.prepare_cached(discard)?.execute(params![signed(id.serial), REMOVING, PENDING])?;
-    let changes = if changed == 1 { vec![Change::Discarded(id)] } else { Vec::new() };
+/// Pending → Removing. An Id that is not Pending stays as it is.
+pub(super) fn discard(db: &Connection, ids: &[Id]) -> Result<Done<()>, OpError> {
+    let mut discard = db.prepare_cached("UPDATE storage SET state = ?2 WHERE serial = ?1 AND state = ?3")?;
+    let mut changes = Vec::with_capacity(ids.len());
+    for id in ids {
+        if discard.execute(params![signed(id.serial), REMOVING, PENDING])? == 1 {
+            changes.push(Change::Discarded(*id));
+        }
+    }
     Ok(Done { answer: (), changes })
 }
 

@@ -168,13 +168,16 @@ fn covers(entry: &Value, platform: &str) -> bool {
         || theirs.strip_prefix(platform).is_some_and(|rest| rest.starts_with('/'))
 }
 
+/// An entry of the transfer service's list, as it stands in the file.
+pub(super) fn entry_lines(platform: &str, snapshotter: &str) -> String {
+    format!(
+        "[[plugins.'{TRANSFER}'.unpack_config]]\n  platform = {platform:?}\n  snapshotter = {snapshotter:?}"
+    )
+}
+
 fn unpack(settings: &Settings, platform: &str) -> Vec<Finding> {
     let (area, title) = (Area::Configuration, "unpack_config");
-    let line = |snapshotter: &str| {
-        format!(
-            "[[plugins.'{TRANSFER}'.unpack_config]]\n  platform = {platform:?}\n  snapshotter = {snapshotter:?}"
-        )
-    };
+    let line = |snapshotter: &str| entry_lines(platform, snapshotter);
     let list = settings
         .plugin(TRANSFER)
         .and_then(|transfer| transfer.get("unpack_config"))
