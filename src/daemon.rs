@@ -88,7 +88,7 @@ pub async fn run(
     let root = Root::open(&config.root)?;
     let driver = open_driver(config)?;
     let content = ContentStore::open(config.store.as_str())?;
-    let meta = Arc::new(MetaStore::open(&config.root, driver.name())?);
+    let meta = Arc::new(MetaStore::open(&config.root, config.driver.as_str())?);
     let snapshotter = Arc::new(Snapshotter::new(Arc::clone(&meta), driver, content, policy(config)));
     snapshotter.start().await.map_err(DaemonError::Recover)?;
 
@@ -154,11 +154,12 @@ async fn serve_then_drain(
 ) -> Result<(), DaemonError> {
     tokio::pin!(serving);
     tokio::select! {
+        biased;
+        () = stop.cancelled() => {}
         served = &mut serving => {
             bound.unlink();
             return Ok(served?);
         }
-        () = stop.cancelled() => {}
     }
     notify(sd_notify::NotifyState::Stopping);
     tracing::info!("stopping: finishing the calls that have begun");
@@ -234,7 +235,10 @@ impl Root {
             require_unoccupied(root)?;
         }
         match FileLock::try_exclusive(&root.join("lock")).map_err(refused)? {
-            Some(lock) => Ok(Root(lock)),
+            Some(lock) => {
+                probe::clear_leftovers(root);
+                Ok(Root(lock))
+            }
             None => Err(DaemonError::RootInUse(root.to_owned())),
         }
     }
@@ -249,7 +253,7 @@ fn require_unoccupied(root: &Path) -> Result<(), DaemonError> {
             || name == "lost+found"
             || name == metastore::RESERVE
             || starts_with(&name, "metadata.db.new")
-            || starts_with(&name, ".probe-")
+            || probe::is_leftover(&name.to_string_lossy())
             || (name == "l" && is_empty_dir(&root.join("l")));
         if !ours {
             let found = name.to_string_lossy().into_owned();

@@ -1,13 +1,18 @@
 //! `speedy serve`.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Effective};
+use crate::sys::limits;
 use crate::{daemon, telemetry};
+
+/// How long what still runs on other threads may take at the end.
+const END: Duration = Duration::from_secs(1);
 
 pub(super) fn run(effective: &Effective) -> anyhow::Result<ExitCode> {
     let config = &effective.config;
@@ -15,8 +20,10 @@ pub(super) fn run(effective: &Effective) -> anyhow::Result<ExitCode> {
     // Before any thread exists: it changes the environment.
     let inherited =
         listenfd::ListenFd::from_env().take_unix_listener(0).context("the socket that systemd passed")?;
+    limits::raise_open_files();
+    limits::private_files();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let stop = CancellationToken::new();
         let signals = stop_on_signals(stop.clone())?;
         let served = tokio::select! {
@@ -25,7 +32,10 @@ pub(super) fn run(effective: &Effective) -> anyhow::Result<ExitCode> {
         };
         served?;
         Ok(ExitCode::SUCCESS)
-    })
+    });
+    // A walk or a filter that nobody waits for any more must not hold up the end.
+    runtime.shutdown_timeout(END);
+    ended
 }
 
 /// The first SIGTERM or SIGINT asks the daemon to stop; the future ends at the second.

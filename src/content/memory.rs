@@ -1,7 +1,9 @@
 //! Layers held in memory, read once from a JSON file: `{"sha256:<chain id>": {"etc/hello": "content", ...}, ...}`.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::Permissions;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path};
 use std::sync::Arc;
 
@@ -15,10 +17,17 @@ impl Tree {
     pub(super) fn write_to(&self, dir: &Path) -> io::Result<()> {
         for (path, content) in self.0.iter() {
             let file = dir.join(path);
-            if let Some(parent) = file.parent() {
-                std::fs::create_dir_all(parent)?;
+            // Modes are set, not left to the umask of whoever started us.
+            let mut above = dir.to_owned();
+            for part in Path::new(path).parent().into_iter().flat_map(Path::components) {
+                above.push(part);
+                if !above.is_dir() {
+                    std::fs::create_dir(&above)?;
+                    std::fs::set_permissions(&above, Permissions::from_mode(0o755))?;
+                }
             }
-            std::fs::write(file, content)?;
+            std::fs::write(&file, content)?;
+            std::fs::set_permissions(&file, Permissions::from_mode(0o644))?;
         }
         Ok(())
     }

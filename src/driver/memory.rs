@@ -25,10 +25,6 @@ impl Memory {
 }
 
 impl Driver for Memory {
-    fn name(&self) -> &'static str {
-        "memory"
-    }
-
     fn reserve(&self, ids: &[Id]) -> Result<(), DriverError> {
         self.present.lock().extend(ids.iter().map(|id| id.serial));
         Ok(())
@@ -59,6 +55,10 @@ impl Driver for Memory {
 
     fn inventory(&self) -> Result<Vec<u64>, DriverError> {
         Ok(self.present.lock().iter().copied().collect())
+    }
+
+    fn is_unused(&self, _id: Id) -> Result<bool, DriverError> {
+        Ok(true)
     }
 
     fn upperdir(&self, _id: Id) -> Option<PathBuf> {

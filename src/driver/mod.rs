@@ -150,9 +150,6 @@ impl DriverError {
 
 /// A storage driver. Implementations pass `tests/it/suite/driver.rs`.
 pub trait Driver: Send + Sync + std::fmt::Debug {
-    /// The word the metadata store keeps, so that a root made by one driver is refused by another.
-    fn name(&self) -> &'static str;
-
     /// Makes empty storage for `id`, durably, ahead of its use. Calling it again is harmless.
     fn reserve(&self, ids: &[Id]) -> Result<(), DriverError>;
 
@@ -175,6 +172,10 @@ pub trait Driver: Send + Sync + std::fmt::Debug {
 
     /// The serial of every Id found on storage, known or not.
     fn inventory(&self) -> Result<Vec<u64>, DriverError>;
+
+    /// Whether the storage of an Id that no snapshot has holds nothing worth keeping: nothing at all, or a layer that was still
+    /// being written.
+    fn is_unused(&self, id: Id) -> Result<bool, DriverError>;
 
     /// Where a writable snapshot's changes are kept on this host, if that is a directory.
     fn upperdir(&self, id: Id) -> Option<PathBuf>;

@@ -3,6 +3,7 @@
 //! ```text
 //! <root>/l/<serial>/fs     upperdir, later a lowerdir of its children; mode 0755, owner as the parent's
 //! <root>/l/<serial>/work   overlayfs's workdir; mode 0711
+//! <root>/l/<serial>/filling  while a remote layer's content is being written
 //! ```
 //!
 //! All lowerdirs lie under one parent and have short names: the options of an overlay mount must fit one page, which
@@ -39,9 +40,14 @@ impl Overlay {
     /// Opens the storage below `root`, making `l` if needed. It is 0700: layers hold setuid files of
     /// strangers, which no local user may reach by path.
     pub fn open(root: &Path, options: OverlayOptions) -> Result<Overlay, DriverError> {
-        let layers = root.join("l");
-        make_dir(&layers, 0o700)?;
-        Ok(Overlay { layers, mount_options: options.mount_options })
+        let overlay = Overlay::at(root, options);
+        make_dir(&overlay.layers, 0o700)?;
+        Ok(overlay)
+    }
+
+    /// The storage below `root` as it is; nothing is made.
+    pub fn at(root: &Path, options: OverlayOptions) -> Overlay {
+        Overlay { layers: root.join("l"), mount_options: options.mount_options }
     }
 
     fn dir(&self, serial: u64) -> PathBuf {
@@ -50,6 +56,18 @@ impl Overlay {
 
     fn upper(&self, id: Id) -> PathBuf {
         self.dir(id.serial).join("fs")
+    }
+
+    /// There while a layer's content is being written: what lies in `fs` then is half a layer.
+    fn filling(&self, id: Id) -> PathBuf {
+        self.dir(id.serial).join("filling")
+    }
+
+    /// Whether the directory of `id` holds anything that `reserve` and `fill` do not make beside `fs`.
+    fn has_strangers(&self, id: Id) -> bool {
+        let ours = |name: &std::ffi::OsStr| name == "work" || name == "filling";
+        let mut entries = std::fs::read_dir(self.dir(id.serial)).into_iter().flatten().flatten();
+        entries.any(|entry| !ours(&entry.file_name()))
     }
 
     fn work(&self, id: Id) -> PathBuf {
@@ -72,10 +90,6 @@ impl Overlay {
 }
 
 impl Driver for Overlay {
-    fn name(&self) -> &'static str {
-        "overlayfs"
-    }
-
     fn reserve(&self, ids: &[Id]) -> Result<(), DriverError> {
         for id in ids {
             make_dir(&self.dir(id.serial), 0o700)?;
@@ -103,7 +117,9 @@ impl Driver for Overlay {
             return Ok(());
         }
         std::os::unix::fs::lchown(&upper, Some(owner.uid), Some(owner.gid))
-            .map_err(|error| DriverError::at(&upper, error))
+            .map_err(|error| DriverError::at(&upper, error))?;
+        // The record that follows overwrites its log in place, which does not carry the new owner to the disk.
+        sync_dir(&upper)
     }
 
     fn mounts(&self, request: &MountRequest<'_>) -> Vec<Mount> {
@@ -141,9 +157,11 @@ impl Driver for Overlay {
     }
 
     fn fill(&self, id: Id, write: &mut dyn FnMut(&Path) -> io::Result<()>) -> Result<(), DriverError> {
-        let upper = self.upper(id);
+        let (upper, filling) = (self.upper(id), self.filling(id));
+        std::fs::File::create(&filling).map_err(|error| missing_or(&filling, error))?;
         write(&upper).map_err(|error| DriverError::at(&upper, error))?;
-        tree::sync_file_system(&upper).map_err(|error| missing_or(&upper, error))
+        tree::sync_file_system(&upper).map_err(|error| missing_or(&upper, error))?;
+        std::fs::remove_file(&filling).map_err(|error| DriverError::at(&filling, error))
     }
 
     fn usage(&self, id: Id, cancelled: Cancelled<'_>) -> Result<Measure, DriverError> {
@@ -156,7 +174,10 @@ impl Driver for Overlay {
 
     fn inventory(&self) -> Result<Vec<u64>, DriverError> {
         let mut serials = HashSet::new();
-        let entries = std::fs::read_dir(&self.layers).map_err(|e| DriverError::at(&self.layers, e))?;
+        let entries = match std::fs::read_dir(&self.layers) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(|error| DriverError::at(&self.layers, error))?,
+        };
         for entry in entries {
             let name = entry.map_err(|error| DriverError::at(&self.layers, error))?.file_name();
             // Only names this driver could have given; anything else is somebody else's and stays.
@@ -169,6 +190,15 @@ impl Driver for Overlay {
             }
         }
         Ok(serials.into_iter().collect())
+    }
+
+    fn is_unused(&self, id: Id) -> Result<bool, DriverError> {
+        let upper = self.upper(id);
+        match std::fs::read_dir(&upper) {
+            Ok(mut entries) => Ok(entries.next().is_none() || self.filling(id).exists()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(!self.has_strangers(id)),
+            Err(error) => Err(DriverError::at(&upper, error)),
+        }
     }
 
     fn upperdir(&self, id: Id) -> Option<PathBuf> {

@@ -37,6 +37,23 @@ fn try_overlay(root: &Path, options: &[String]) -> Result<(), DriverError> {
     trial.require_overlay(root, options)
 }
 
+/// Whether this is the name of a trial's directory, of a start or of `speedy check`.
+pub fn is_leftover(name: &str) -> bool {
+    name.starts_with(".probe-") || name.starts_with(".check-")
+}
+
+/// Takes away what a start or a check that was killed in the middle of a trial has left, its mounts included.
+pub fn clear_leftovers(root: &Path) {
+    let Ok(entries) = std::fs::read_dir(root) else { return };
+    for dir in entries.flatten().filter(|e| is_leftover(&e.file_name().to_string_lossy())).map(|e| e.path()) {
+        let inside = std::fs::read_dir(&dir).into_iter().flatten().flatten();
+        inside.for_each(|entry| crate::sys::mount::unmount_leftover(&entry.path()));
+        if let Err(error) = tree::remove(&dir, &|| false) {
+            tracing::warn!(dir = %dir.display(), %error, "cannot remove what an earlier trial left");
+        }
+    }
+}
+
 /// Whether `options` has `key`, alone or as `key=value`.
 pub fn has_option(options: &[String], key: &str) -> bool {
     options.iter().any(|option| option.split('=').next() == Some(key))

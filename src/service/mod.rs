@@ -78,7 +78,11 @@ pub async fn serve_metrics(
         [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
     let text = move || std::future::ready((TEXT, metrics.text()));
     let router = axum::Router::new().route("/metrics", axum::routing::get(text));
-    axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await
+    // Not gracefully: somebody who holds a connection open must not hold up a stop.
+    tokio::select! {
+        () = stop.cancelled() => Ok(()),
+        served = axum::serve(listener, router) => served,
+    }
 }
 
 /// Takes the metrics port.

@@ -74,6 +74,8 @@ pub struct Reconciler {
     wanted: Notify,
     passes: watch::Sender<Passes>,
     reported: Mutex<HashSet<u64>>,
+    /// On storage without a record, found at the start.
+    unknown: Mutex<Vec<Id>>,
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -91,6 +93,7 @@ impl Reconciler {
             wanted: Notify::new(),
             passes: watch::Sender::new(Passes::default()),
             reported: Mutex::default(),
+            unknown: Mutex::default(),
         }
     }
 
@@ -99,8 +102,7 @@ impl Reconciler {
     pub async fn start(&self) -> Result<Plan, SnapshotError> {
         let driver = Arc::clone(&self.driver);
         let inventory = blocking(move || driver.inventory()).await?;
-        let highest = inventory.iter().copied().max().unwrap_or(0);
-        let last_serial = self.meta.skip_serials(highest).await?;
+        let last_serial = self.meta.last_serial().await?;
         let serials = |ids: Vec<Id>| ids.into_iter().map(|id| id.serial).collect();
         let recorded = Recorded {
             ready: self.meta.all().iter().map(|r| (r.id.serial, r.info.name.clone())).collect(),
@@ -112,19 +114,31 @@ impl Reconciler {
         for (serial, key) in &plan.missing {
             tracing::error!(serial, %key, "storage of a snapshot is missing: it cannot be mounted; remove it and pull again");
         }
-        for serial in &plan.beyond {
+        self.meta.claim(plan.beyond.clone()).await?;
+        self.discard_unused().await?;
+        for serial in &plan.unknown {
+            tracing::info!(serial, "storage that no record names is going to be freed");
+        }
+        // Left to the background: a start must not wait for somebody's million files.
+        *self.unknown.lock() = plan.unknown.iter().map(|serial| Id { serial: *serial, slot: 0 }).collect();
+        Ok(plan)
+    }
+
+    /// Pending Ids of an earlier process are to be freed, but only if they hold nothing: a restored older `metadata.db` knows
+    /// as Pending what later became somebody's layer.
+    async fn discard_unused(&self) -> Result<(), SnapshotError> {
+        let (driver, pending) = (Arc::clone(&self.driver), self.meta.pending());
+        let (unused, kept): (Vec<Id>, Vec<Id>) = blocking(move || {
+            Ok::<_, SnapshotError>(pending.into_iter().partition(|id| driver.is_unused(*id).unwrap_or(false)))
+        })
+        .await?;
+        for id in kept {
             tracing::error!(
-                serial,
-                "storage that the records never gave out: is metadata.db older than the disk? It is left alone"
+                serial = id.serial,
+                "storage with content that no snapshot names: is metadata.db older than the disk? It is left alone"
             );
         }
-        self.meta.discard(self.meta.pending()).await?;
-        let stop = CancellationToken::new();
-        for serial in &plan.unknown {
-            tracing::info!(serial, "freeing storage that no record names");
-            self.free(vec![Id { serial: *serial, slot: 0 }], &stop).await;
-        }
-        Ok(plan)
+        self.meta.discard(unused).await
     }
 
     /// Frees storage of removed snapshots whenever asked, and some time after removals without being asked, until `stop`.
@@ -154,6 +168,8 @@ impl Reconciler {
     }
 
     async fn pass(&self, stop: &CancellationToken) {
+        let unknown = std::mem::take(&mut *self.unknown.lock());
+        self.free(unknown, stop).await;
         for ids in self.meta.removing().chunks(FORGET) {
             let freed = self.free(ids.to_vec(), stop).await;
             self.forget(freed).await;

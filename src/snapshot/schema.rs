@@ -68,6 +68,9 @@ pub(super) fn open(path: &Path, driver: &str) -> Result<Connection, MetaError> {
     db.pragma_update(None, "foreign_keys", true)?;
     // The first write makes the log and its index: now, while the reserve is given up, not in the first call on a full disk.
     db.execute("UPDATE property SET value = value WHERE name = 'driver'", [])?;
+    if let Err(error) = presize_log(&db, path) {
+        tracing::warn!(%error, "no room is set aside in the metadata log: removals may fail when the disk is full");
+    }
     db.set_prepared_statement_cache_capacity(64);
     Ok(db)
 }
@@ -127,6 +130,29 @@ fn create(path: &Path, driver: &str) -> Result<(), MetaError> {
         Some(dir) => File::open(dir).and_then(|d| d.sync_all()).map_err(io),
         None => Ok(()),
     }
+}
+
+/// Makes the write-ahead log as long as it will ever be, so that writing to it overwrites blocks it has: a Remove needs no
+/// room on a full disk then, however much others write, and no fsync has to record a new length. A checkpoint keeps the length
+/// (there is no `journal_size_limit`); the pages that were written for this are free pages of the database afterwards, room
+/// for its own growth.
+fn presize_log(db: &Connection, path: &Path) -> Result<(), rusqlite::Error> {
+    const BYTES: u64 = 5 << 20;
+    let log = PathBuf::from(format!("{}-wal", path.display()));
+    if std::fs::metadata(log).is_ok_and(|log| log.len() >= BYTES) {
+        return Ok(());
+    }
+    db.pragma_update(None, "wal_autocheckpoint", 0)?;
+    let grown = db
+        .execute_batch("BEGIN; CREATE TABLE presize (room BLOB)")
+        .and_then(|()| db.execute("INSERT INTO presize VALUES (zeroblob(?1))", [BYTES.cast_signed()]))
+        .and_then(|_| db.execute_batch("COMMIT; DROP TABLE presize"));
+    if grown.is_err() && !db.is_autocommit() {
+        db.execute_batch("ROLLBACK")?;
+    }
+    db.pragma_update(None, "wal_autocheckpoint", 1000)?;
+    grown?;
+    db.query_row("PRAGMA wal_checkpoint(RESTART)", [], |_| Ok(()))
 }
 
 fn check_driver(db: &Connection, path: &Path, driver: &str) -> Result<(), MetaError> {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use super::filter::Filter;
@@ -29,6 +29,8 @@ use crate::oci::ChainId;
 /// containerd's label for the directory that holds a snapshot's changes.
 pub const LABEL_UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
 
+/// How many trees are measured at once: more would take the threads that Prepare needs, and the disk.
+const WALKS: usize = 4;
 /// How long after a commit its snapshot is measured.
 const MEASURE_DELAY: Duration = Duration::from_secs(2);
 
@@ -72,6 +74,7 @@ pub struct Snapshotter {
     reconciler: Reconciler,
     committed: Notify,
     layer_locks: KeyedLocks<(String, Option<Key>)>,
+    walks: Semaphore,
 }
 
 impl Snapshotter {
@@ -91,6 +94,7 @@ impl Snapshotter {
             policy,
             committed: Notify::new(),
             layer_locks: KeyedLocks::default(),
+            walks: Semaphore::new(WALKS),
         }
     }
 
@@ -180,7 +184,9 @@ impl Snapshotter {
     /// The snapshots that match, in the order of their keys.
     pub fn list(&self, filter: &Filter) -> Vec<Arc<Record>> {
         let mut records = self.meta.all();
-        records.retain(|record| filter.matches(&record.info));
+        if !filter.is_everything() {
+            records.retain(|record| filter.matches(&record.info));
+        }
         records
     }
 
@@ -426,6 +432,7 @@ impl Snapshotter {
     }
 
     async fn measure(&self, id: Id) -> Result<Usage, SnapshotError> {
+        let _turn = self.walks.acquire().await.map_err(|_| SnapshotError::ShuttingDown)?;
         let cancel = CancellationToken::new();
         // Dropped with the caller's future: a walk nobody waits for ends.
         let _end = cancel.clone().drop_guard();

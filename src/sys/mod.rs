@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "raw system calls live here; each block states why it is sound")]
 
 pub mod idmap;
+pub mod limits;
 pub mod lock;
 pub mod mount;
 pub mod reserve;

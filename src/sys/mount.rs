@@ -22,6 +22,12 @@ impl TrialMount {
     }
 }
 
+/// Unmounts `target` if something is mounted there.
+pub fn unmount_leftover(target: &Path) {
+    // Not a mount point is the ordinary case, and an error: there is nothing to do then.
+    while rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).is_ok() {}
+}
+
 impl Drop for TrialMount {
     fn drop(&mut self) {
         if let Err(error) = rustix::mount::unmount(&self.target, UnmountFlags::DETACH) {

@@ -2,10 +2,11 @@
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
+use rustix::io::Errno;
 
 /// Why a socket could not be taken.
 #[derive(Debug, thiserror::Error)]
@@ -62,12 +63,11 @@ pub fn listen(path: &Path) -> Result<Bound, SocketError> {
     }
     match std::fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => return Err(SocketError::NotASocket(path.to_owned())),
-        Ok(_) => match UnixStream::connect(path) {
-            Ok(_) => return Err(SocketError::Live(path.to_owned())),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(io)?;
-            }
-            Err(error) => return Err(io(error)),
+        Ok(_) => match connect_now(path) {
+            // EAGAIN: somebody listens and is too busy to be asked.
+            Ok(()) | Err(Errno::AGAIN) => return Err(SocketError::Live(path.to_owned())),
+            Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(io)?,
+            Err(errno) => return Err(io(errno.into())),
         },
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(io(error)),
@@ -80,6 +80,14 @@ pub fn listen(path: &Path) -> Result<Bound, SocketError> {
     listener.set_nonblocking(true).map_err(io)?;
     let inode = std::fs::symlink_metadata(path).map_err(io)?.ino();
     Ok(Bound { listener, file: Some((path.to_owned(), inode)) })
+}
+
+/// Connects without waiting, and hangs up.
+fn connect_now(path: &Path) -> Result<(), Errno> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)
 }
 
 fn make_parent(parent: &Path) -> io::Result<()> {
@@ -110,6 +118,19 @@ mod tests {
         let live = listen(&path).unwrap();
         assert!(matches!(listen(&path), Err(SocketError::Live(_))));
         drop(live);
+    }
+
+    /// A start once waited for ever in connect(2), deaf to signals.
+    #[test]
+    fn a_listener_that_is_too_busy_to_be_asked_is_live() {
+        use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.sock");
+        let busy = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&busy, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&busy, 0).unwrap();
+        let _fills_the_backlog = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        assert!(matches!(listen(&path), Err(SocketError::Live(_))));
     }
 
     #[test]

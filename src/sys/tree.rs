@@ -50,17 +50,27 @@ pub struct Measure {
     pub inodes: u64,
 }
 
-/// Removes the tree at `top`, `top` included. Succeeds when nothing is there. Stops at the first mount point, leaving
-/// it and everything above it in place.
+/// Removes the tree at `top`, `top` included. Succeeds when nothing is there. What cannot be removed (a mount point, an
+/// immutable file) stays with the directories above it; everything else goes, and the first such error is returned.
 pub fn remove(top: &Path, cancelled: Cancelled<'_>) -> Result<(), TreeError> {
     let Some(dir) = open_top(top)? else { return Ok(()) };
     let mut walk = Walk::new(top, dir);
-    walk.run(cancelled, &mut |walk: &Walk<'_>, event: Event<'_>| match event {
-        Event::Leaf(name) => unlink(walk, name, AtFlags::empty()),
-        Event::Left(name) => unlink(walk, name, AtFlags::REMOVEDIR),
-        Event::Entered => Ok(()),
-        Event::MountPoint(name) => Err(TreeError::MountPoint(walk.path_of(name))),
+    let mut first_error = None;
+    walk.run(cancelled, &mut |walk: &Walk<'_>, event: Event<'_>| {
+        let removed = match event {
+            Event::Leaf(name) => unlink(walk, name, AtFlags::empty()),
+            Event::Left(name) => unlink(walk, name, AtFlags::REMOVEDIR),
+            Event::Entered => Ok(()),
+            Event::MountPoint(name) => Err(TreeError::MountPoint(walk.path_of(name))),
+        };
+        if let Err(error) = removed {
+            first_error.get_or_insert(error);
+        }
+        Ok(())
     })?;
+    if let Some(error) = first_error {
+        return Err(error);
+    }
     match std::fs::remove_dir(top) {
         Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
             Err(TreeError::MountPoint(top.to_owned()))

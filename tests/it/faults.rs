@@ -37,10 +37,6 @@ impl Faulty {
 }
 
 impl Driver for Faulty {
-    fn name(&self) -> &'static str {
-        "faulty"
-    }
-
     fn reserve(&self, ids: &[Id]) -> Result<(), DriverError> {
         self.check_full()?;
         self.inner.reserve(ids)
@@ -75,6 +71,10 @@ impl Driver for Faulty {
 
     fn inventory(&self) -> Result<Vec<u64>, DriverError> {
         self.inner.inventory()
+    }
+
+    fn is_unused(&self, id: Id) -> Result<bool, DriverError> {
+        self.inner.is_unused(id)
     }
 
     fn upperdir(&self, id: Id) -> Option<PathBuf> {

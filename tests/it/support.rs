@@ -43,7 +43,7 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) async fn start(root: &Path, driver: Arc<dyn Driver>, policy: Policy, store: &str) -> Running {
-        let meta = Arc::new(MetaStore::open(root, driver.name()).unwrap());
+        let meta = Arc::new(MetaStore::open(root, "test").unwrap());
         let content = ContentStore::open(store).unwrap();
         let snapshotter = Arc::new(Snapshotter::new(Arc::clone(&meta), driver, content, policy));
         snapshotter.start().await.unwrap();

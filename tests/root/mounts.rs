@@ -43,6 +43,39 @@ fn d3_no_recursive_delete_crosses_a_mount_point() {
     assert!(driver.inventory().unwrap().is_empty());
 }
 
+/// One file that cannot be removed once kept all its neighbours on the disk.
+#[test]
+fn what_cannot_be_removed_does_not_keep_its_neighbours() {
+    require_root();
+    let dir = tempfile::tempdir().unwrap();
+    let top = dir.path().join("top");
+    for name in ["a", "b", "c"] {
+        std::fs::create_dir_all(top.join(name)).unwrap();
+        std::fs::write(top.join(name).join("file"), "x").unwrap();
+    }
+    let inside = top.join("b");
+    let mounted = tmpfs(&inside);
+    assert!(matches!(tree::remove(&top, &|| false), Err(TreeError::MountPoint(_))));
+    assert!(!top.join("a").exists() && top.join("b").exists() && !top.join("c").exists());
+    drop(mounted);
+    tree::remove(&top, &|| false).unwrap();
+    assert!(!top.exists());
+}
+
+#[test]
+fn what_a_killed_trial_left_is_taken_away() {
+    require_root();
+    let dir = tempfile::tempdir().unwrap();
+    let merged = dir.path().join(".probe-77/merged");
+    std::fs::create_dir_all(&merged).unwrap();
+    std::mem::forget(tmpfs(&merged));
+    std::fs::create_dir(dir.path().join(".check-78")).unwrap();
+    std::fs::create_dir(dir.path().join("other")).unwrap();
+    probe::clear_leftovers(dir.path());
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["other"]);
+}
+
 #[test]
 fn a_mount_on_the_top_itself_is_refused_too() {
     require_root();

@@ -38,11 +38,10 @@ pub fn report(root: &Path) -> StoreReport {
 
 fn compare(root: &Path) -> Result<Option<(Recorded, Plan)>, SnapshotError> {
     for look in 1.. {
-        // A start makes the storage directory after the records: without records there is nothing to open.
         if !metastore::is_present(root)? {
             return Ok(None);
         }
-        let inventory = Overlay::open(root, OverlayOptions::default())?.inventory()?;
+        let inventory = Overlay::at(root, OverlayOptions::default()).inventory()?;
         let Some(recorded) = metastore::read_recorded(root)? else { return Ok(None) };
         let plan = reconcile::plan(&recorded, &inventory);
         if plan.is_empty() || look == LOOKS {
@@ -125,7 +124,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         MetaStore::open(dir.path(), "overlayfs").unwrap().close();
         assert_eq!(report(dir.path()).detail["consistent"], true);
-        std::fs::create_dir(dir.path().join("l/7")).unwrap();
+        std::fs::create_dir_all(dir.path().join("l/7")).unwrap();
         let report = report(dir.path());
         assert_eq!(report.detail["consistent"], false);
         assert_eq!(report.detail["beyond"], json!([7]));

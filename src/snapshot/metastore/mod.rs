@@ -277,18 +277,20 @@ impl MetaStore {
         Ok(MetaStore { index, queue: Mutex::new(Some(queue)), writer: Mutex::new(Some(writer)), path })
     }
 
-    /// The largest serial ever given out, and a guarantee that none up to `at_least` will be: for storage that the records do
-    /// not know but must not be given to a new snapshot. Called before the first reservation.
-    pub async fn skip_serials(&self, at_least: u64) -> Result<u64, SnapshotError> {
-        self.submit(Room::Takes, move |db, _| {
-            let refuse = |error: MetaError| OpError::Refused(error.into());
-            let last = tables::last_serial(db).map_err(refuse)?;
-            if last < at_least {
-                tables::skip_serials(db, at_least).map_err(refuse)?;
-            }
+    /// The largest serial ever given out.
+    pub async fn last_serial(&self) -> Result<u64, SnapshotError> {
+        self.submit(Room::Frees, |db, _| {
+            let last = tables::last_serial(db).map_err(|error| OpError::Refused(error.into()))?;
             Ok(Done { answer: last, changes: Vec::new() })
         })
         .await
+    }
+
+    /// Records storage that was found and never given out, as Pending: it is named from now on, so that it is neither freed
+    /// nor given to a snapshot, and serials begin above it.
+    pub async fn claim(&self, serials: Vec<u64>) -> Result<(), SnapshotError> {
+        self.submit(Room::Frees, move |db, slots| tables::claim(db, &serials, &slots.take(serials.len())))
+            .await
     }
 
     /// The file.

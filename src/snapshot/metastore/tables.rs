@@ -9,7 +9,9 @@ use super::index::{Change, Record};
 use super::{Adopted, Done, MetaError, NewCommit, NewSnapshot, OpError};
 use crate::driver::Id;
 use crate::snapshot::remote::LABEL_REF;
-use crate::snapshot::{Info, Key, Kind, LabelUpdate, Labels, SnapshotError, Timestamp, Usage, check_labels};
+use crate::snapshot::{
+    Info, Key, Kind, LabelUpdate, Labels, SnapshotError, Timestamp, Usage, check_labels, mapping,
+};
 
 const PENDING: i64 = 0;
 const READY: i64 = 1;
@@ -45,13 +47,15 @@ pub(super) fn last_serial(db: &Connection) -> Result<u64, MetaError> {
     Ok(last.map_or(0, unsigned))
 }
 
-/// Makes sure that no serial up to `serial` is ever given.
-pub(super) fn skip_serials(db: &Connection, serial: u64) -> Result<(), MetaError> {
-    let serial = signed(serial);
-    if db.execute("UPDATE sqlite_sequence SET seq = ?1 WHERE name = 'storage'", [serial])? == 0 {
-        db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('storage', ?1)", [serial])?;
+/// Records these serials, which were never given out, as Pending. AUTOINCREMENT then begins above them.
+pub(super) fn claim(db: &Connection, serials: &[u64], slots: &[u32]) -> Result<Done<()>, OpError> {
+    let mut insert = db.prepare_cached("INSERT INTO storage (serial, slot, state) VALUES (?1, ?2, ?3)")?;
+    let mut changes = Vec::with_capacity(serials.len());
+    for (serial, slot) in serials.iter().zip(slots) {
+        insert.execute(params![signed(*serial), slot, PENDING])?;
+        changes.push(Change::Pending(Id { serial: *serial, slot: *slot }));
     }
-    Ok(())
+    Ok(Done { answer: (), changes })
 }
 
 /// Records one Pending Id for each slot.
@@ -223,6 +227,10 @@ pub(super) fn update(
         }
     }
     check_labels(&record.info.labels)?;
+    if record.info.kind != Kind::Committed {
+        // Its mounts are made of this label: one that cannot be mounted is refused here, not at every Mounts.
+        mapping::from_labels(&record.info.labels).map_err(SnapshotError::from)?;
+    }
     record.info.updated = now;
     // containerd looks a hit up by its label: without the label it cannot be one.
     record.answers_for = record.answers_for.filter(|chain| record.info.labels.get(LABEL_REF) == Some(chain));
