@@ -7,8 +7,8 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::{Area, Finding, StoreReport};
-use crate::driver::Driver;
 use crate::driver::overlay::{Overlay, OverlayOptions};
+use crate::driver::{Driver, Id};
 use crate::snapshot::SnapshotError;
 use crate::snapshot::metastore::{self, Recorded};
 use crate::snapshot::reconcile::{self, Plan};
@@ -21,7 +21,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Compares records and storage below `root`.
 pub fn report(root: &Path) -> StoreReport {
     match compare(root) {
-        Ok(Some((recorded, plan))) => describe(&recorded, &plan),
+        Ok(Some(found)) => describe(&found),
         Ok(None) => StoreReport {
             findings: vec![Finding::skipped(Area::Store, TITLE, "no store yet: the first start makes it")],
             detail: json!({ "present": false }),
@@ -36,23 +36,34 @@ pub fn report(root: &Path) -> StoreReport {
     }
 }
 
-fn compare(root: &Path) -> Result<Option<(Recorded, Plan)>, SnapshotError> {
+/// What a look at both sides found.
+struct Found {
+    recorded: Recorded,
+    plan: Plan,
+    /// Serials that no snapshot has and that hold content all the same.
+    kept: Vec<u64>,
+}
+
+fn compare(root: &Path) -> Result<Option<Found>, SnapshotError> {
     for look in 1.. {
         if !metastore::is_present(root)? {
             return Ok(None);
         }
-        let inventory = Overlay::at(root, OverlayOptions::default()).inventory()?;
+        let driver = Overlay::at(root, OverlayOptions::default());
+        let inventory = driver.inventory()?;
         let Some(recorded) = metastore::read_recorded(root)? else { return Ok(None) };
         let plan = reconcile::plan(&recorded, &inventory);
-        if plan.is_empty() || look == LOOKS {
-            return Ok(Some((recorded, plan)));
+        let mut kept = recorded.pending.clone();
+        kept.retain(|serial| !driver.is_unused(Id { serial: *serial, slot: 0 }).unwrap_or(true));
+        if (plan.is_empty() && kept.is_empty()) || look == LOOKS {
+            return Ok(Some(Found { recorded, plan, kept }));
         }
         std::thread::sleep(PAUSE);
     }
     Ok(None)
 }
 
-fn describe(recorded: &Recorded, plan: &Plan) -> StoreReport {
+fn describe(Found { recorded, plan, kept }: &Found) -> StoreReport {
     let mut findings = Vec::new();
     let summary = format!(
         "{} snapshots, {} to be freed by the next Cleanup, {} made ahead",
@@ -89,6 +100,17 @@ fn describe(recorded: &Recorded, plan: &Plan) -> StoreReport {
                 .fix("restore the newer metadata.db, or move the directories away; they are never deleted"),
         );
     }
+    if !kept.is_empty() {
+        let detail = format!(
+            "{} directories hold content that no snapshot names: metadata.db is older than they are",
+            kept.len()
+        );
+        findings.push(
+            Finding::warning(Area::Store, "kept storage", detail).fix(
+                "restore the newer metadata.db, or move away what is not needed; --json has the numbers",
+            ),
+        );
+    }
     let serials =
         |missing: &[(u64, crate::snapshot::Key)]| -> Vec<u64> { missing.iter().map(|(s, _)| *s).collect() };
     StoreReport {
@@ -100,6 +122,7 @@ fn describe(recorded: &Recorded, plan: &Plan) -> StoreReport {
             "pending": recorded.pending.len(),
             "removing": recorded.removing.len(),
             "missing": serials(&plan.missing),
+            "kept": kept,
             "unknown": plan.unknown,
             "beyond": plan.beyond,
         }),
@@ -129,5 +152,17 @@ mod tests {
         assert_eq!(report.detail["consistent"], false);
         assert_eq!(report.detail["beyond"], json!([7]));
         assert_eq!(report.findings.len(), 1);
+    }
+
+    #[test]
+    fn content_that_no_snapshot_names_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let meta = MetaStore::open(dir.path(), "overlayfs").unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let id = runtime.block_on(meta.reserve(1)).unwrap()[0];
+        std::fs::create_dir_all(dir.path().join(format!("l/{}/fs/precious", id.serial))).unwrap();
+        let report = report(dir.path());
+        assert_eq!(report.detail["kept"], json!([id.serial]));
+        assert_eq!(report.detail["consistent"], true);
     }
 }
