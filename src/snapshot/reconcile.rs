@@ -102,14 +102,7 @@ impl Reconciler {
     pub async fn start(&self) -> Result<Plan, SnapshotError> {
         let driver = Arc::clone(&self.driver);
         let inventory = blocking(move || driver.inventory()).await?;
-        let last_serial = self.meta.last_serial().await?;
-        let serials = |ids: Vec<Id>| ids.into_iter().map(|id| id.serial).collect();
-        let recorded = Recorded {
-            ready: self.meta.all().iter().map(|r| (r.id.serial, r.info.name.clone())).collect(),
-            pending: serials(self.meta.pending()),
-            removing: serials(self.meta.removing()),
-            last_serial,
-        };
+        let recorded = self.meta.recorded().await?;
         let plan = plan(&recorded, &inventory);
         for (serial, key) in &plan.missing {
             tracing::error!(serial, %key, "storage of a snapshot is missing: it cannot be mounted; remove it and pull again");

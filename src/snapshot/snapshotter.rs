@@ -269,7 +269,7 @@ impl Snapshotter {
                 None => Err(SnapshotError::NotFound { key: record.info.name.clone() }),
             },
             Err(error) => {
-                self.discard(id).await;
+                self.stock.discard(id).await;
                 Err(error)
             }
         }
@@ -290,12 +290,6 @@ impl Snapshotter {
         };
         let driver = Arc::clone(&self.driver);
         blocking(move || driver.create(id, parent, root)).await
-    }
-
-    async fn discard(&self, id: Id) {
-        if let Err(error) = self.meta.discard(vec![id]).await {
-            tracing::warn!(serial = id.serial, %error, "an unused id stays until the next start");
-        }
     }
 
     fn mounts_of(&self, record: &Record, ancestors: &[Id]) -> Result<Vec<Mount>, SnapshotError> {
@@ -377,11 +371,11 @@ impl Snapshotter {
                 Ok(record.info.name.clone())
             }
             Ok(Adopted::AlreadyThere(record)) => {
-                self.discard(id).await;
+                self.stock.discard(id).await;
                 Ok(record.info.name.clone())
             }
             Err(error) => {
-                self.discard(id).await;
+                self.stock.discard(id).await;
                 Err(error.into())
             }
         }

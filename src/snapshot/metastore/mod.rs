@@ -286,6 +286,12 @@ impl MetaStore {
         .await
     }
 
+    /// Everything that is recorded.
+    pub async fn recorded(&self) -> Result<Recorded, SnapshotError> {
+        let last_serial = self.last_serial().await?;
+        Ok(Recorded::of(&self.index.read(), last_serial))
+    }
+
     /// Records storage that was found and never given out, as Pending: it is named from now on, so that it is neither freed
     /// nor given to a snapshot, and serials begin above it.
     pub async fn claim(&self, serials: Vec<u64>) -> Result<(), SnapshotError> {
@@ -510,6 +516,18 @@ pub struct Recorded {
     pub last_serial: u64,
 }
 
+impl Recorded {
+    fn of(index: &Index, last_serial: u64) -> Recorded {
+        let serials = |ids: Vec<Id>| ids.into_iter().map(|id| id.serial).collect();
+        Recorded {
+            ready: index.all().iter().map(|r| (r.id.serial, r.info.name.clone())).collect(),
+            pending: serials(index.pending()),
+            removing: serials(index.removing()),
+            last_serial,
+        }
+    }
+}
+
 /// Whether `root` has a metadata file; an error if it is not one that this program may open. Touches nothing.
 pub fn is_present(root: &Path) -> Result<bool, MetaError> {
     Ok(schema::recognise(&root.join("metadata.db"))?.is_some())
@@ -521,11 +539,5 @@ pub fn read_recorded(root: &Path) -> Result<Option<Recorded>, MetaError> {
     let tx = db.transaction()?;
     let mut index = Index::default();
     tables::load(&tx)?.into_iter().for_each(|change| index.apply(change));
-    let serials = |ids: Vec<Id>| ids.into_iter().map(|id| id.serial).collect();
-    Ok(Some(Recorded {
-        ready: index.all().iter().map(|r| (r.id.serial, r.info.name.clone())).collect(),
-        pending: serials(index.pending()),
-        removing: serials(index.removing()),
-        last_serial: tables::last_serial(&tx)?,
-    }))
+    Ok(Some(Recorded::of(&index, tables::last_serial(&tx)?)))
 }
