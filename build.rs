@@ -8,6 +8,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "services/introspection/v1/introspection.proto",
             "services/version/v1/version.proto",
             "services/leases/v1/leases.proto",
+            "services/diff/v1/diff.proto",
+            "services/events/v1/events.proto",
+            "services/content/v1/content.proto",
+            "services/images/v1/images.proto",
+            "services/containers/v1/containers.proto",
+            "speedy/v1/layer.proto",
+            "speedy/v1/control.proto",
         ],
         ["proto/containerd", "proto"],
     )?;

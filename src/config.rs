@@ -35,7 +35,10 @@ mod value;
 mod tests;
 
 pub use file::toml_to_json;
-pub use value::{DriverKind, LayerSharing, LogFormat, LogLevel, StoreUrl, Timespan};
+pub use value::{
+    ByteSize, DriverKind, LayerSharing, LogFormat, LogLevel, Percent, PublishPolicy, StoreUrl, Timespan,
+    TrustMode,
+};
 
 use key::{Given, KEYS, Key, Problem};
 
@@ -71,6 +74,12 @@ pub struct Config {
     pub cleanup: CleanupConfig,
     /// The use of layers that are already on this node.
     pub layers: LayersConfig,
+    /// Taking layers from the store.
+    pub fetch: FetchConfig,
+    /// Putting layers on the store.
+    pub publish: PublishConfig,
+    /// Whose layers are taken.
+    pub trust: TrustConfig,
 }
 
 /// What is logged and how.
@@ -103,6 +112,33 @@ pub struct CleanupConfig {
 pub struct LayersConfig {
     /// Who may be answered from a layer that somebody else pulled.
     pub share: LayerSharing,
+    /// What layer images that no snapshot uses may take.
+    pub budget: ByteSize,
+    /// The share of the root's file system below which unused layer images are removed.
+    pub keep_free: Percent,
+}
+
+/// Taking layers from the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FetchConfig {
+    /// How long a Prepare may look for its layer before it is pulled as usual.
+    pub deadline: Timespan,
+}
+
+/// Putting layers on the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PublishConfig {
+    /// Which.
+    pub policy: PublishPolicy,
+}
+
+/// Whose layers are taken from the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TrustConfig {
+    /// Whether only known publishers are trusted.
+    pub mode: TrustMode,
+    /// The publishers that are trusted beside this node itself.
+    pub keys: Vec<String>,
 }
 
 impl Default for Config {
@@ -117,7 +153,14 @@ impl Default for Config {
             log: LogConfig { level: LogLevel::Info, format: LogFormat::Auto },
             overlayfs: OverlayfsConfig { mount_options: Vec::new(), upperdir_label: false },
             cleanup: CleanupConfig { time_limit: Timespan::from_secs(30) },
-            layers: LayersConfig { share: LayerSharing::Isolated },
+            layers: LayersConfig {
+                share: LayerSharing::Isolated,
+                budget: ByteSize::from_gib(20),
+                keep_free: Percent::new(20),
+            },
+            fetch: FetchConfig { deadline: Timespan::from_secs(5) },
+            publish: PublishConfig { policy: PublishPolicy::Auto },
+            trust: TrustConfig { mode: TrustMode::Keys, keys: Vec::new() },
         }
     }
 }
@@ -139,6 +182,8 @@ pub struct Flags {
     pub store: Option<String>,
     /// `--metrics`
     pub metrics: Option<String>,
+    /// `--trust`
+    pub trust: Option<String>,
 }
 
 impl Flags {
@@ -153,6 +198,7 @@ impl Flags {
             ("log.level", "--log-level", word(&self.log_level)),
             ("store", "--store", word(&self.store)),
             ("metrics", "--metrics", word(&self.metrics)),
+            ("trust.mode", "--trust", word(&self.trust)),
         ]
         .into_iter()
         .filter_map(|(key, flag, given)| Some((key, flag, given?)))

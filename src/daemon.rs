@@ -15,17 +15,27 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::{Config, DriverKind, LayerSharing};
-use crate::content::{ContentError, ContentStore};
+use crate::containerd;
+use crate::containerd::blob::Blobs;
+use crate::content::ContentError;
+use crate::content::memory::MemoryError;
+use crate::content::trust::{KEY_FILE, KeyError};
 use crate::driver::overlay::{Overlay, OverlayOptions};
 use crate::driver::{Driver, DriverError, probe};
-use crate::service::{self, ServeError};
+use crate::image::Limits;
+use crate::layer::LayerError;
+use crate::service::{self, About, ServeError, Served};
 use crate::snapshot::SnapshotError;
+use crate::snapshot::apply::Applier;
 use crate::snapshot::metastore::{self, MetaError, MetaStore};
+use crate::snapshot::reconcile::Room;
 use crate::snapshot::snapshotter::{Policy, Sharing, Snapshotter, UpperdirLabel};
 use crate::sys::lock::FileLock;
 use crate::sys::socket::{self, Bound, SocketError};
 use crate::sys::space;
 use crate::telemetry::{Levels, Metrics};
+
+pub mod remote;
 
 /// How long begun calls may take after the signal to stop.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -64,7 +74,16 @@ pub enum DaemonError {
     Driver(#[from] DriverError),
     /// The layer source cannot be used.
     #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The store cannot be used.
+    #[error(transparent)]
     Content(#[from] ContentError),
+    /// This node's key cannot be used.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// Layer images cannot be kept.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
     /// Records and storage cannot be brought together.
     #[error("cannot recover: {0}")]
     Recover(#[source] SnapshotError),
@@ -87,9 +106,15 @@ pub async fn run(
 ) -> Result<(), DaemonError> {
     let root = Root::open(&config.root)?;
     let driver = open_driver(config)?;
-    let content = ContentStore::open(config.store.as_str())?;
     let meta = Arc::new(MetaStore::open(&config.root, config.driver.as_str())?);
-    let snapshotter = Arc::new(Snapshotter::new(Arc::clone(&meta), driver, content, policy(config)));
+    let blobs = Blobs::new(config.containerd.clone());
+    let composed = remote::compose(config, &meta, &blobs)?;
+    let about = about(config, &composed);
+    let layers = composed.remote.layers.clone();
+    let limits = Limits::default();
+    let applier = Applier::new(Arc::clone(&meta), Arc::clone(&driver), layers, limits, &config.root);
+    let snapshotter =
+        Arc::new(Snapshotter::new(Arc::clone(&meta), driver, applier, composed.remote, policy(config)));
     snapshotter.start().await.map_err(DaemonError::Recover)?;
 
     let metrics = Metrics::new(levels(&snapshotter, &meta, &config.root));
@@ -107,10 +132,7 @@ pub async fn run(
     let background = TaskTracker::new();
     let background_stop = CancellationToken::new();
     let _stop_on_error = background_stop.clone().drop_guard();
-    let work = Arc::clone(&snapshotter);
-    let work_stop = background_stop.clone();
-    background.spawn(async move { work.run(work_stop).await });
-    background.spawn(crate::containerd::watch(config.containerd.clone(), background_stop.clone()));
+    spawn_work(&background, &snapshotter, config, &background_stop);
     if let Some(port) = metrics_port {
         let serving = service::serve_metrics(port, metrics.clone(), background_stop.clone());
         background.spawn(async move {
@@ -123,7 +145,8 @@ pub async fn run(
 
     let calls = TaskTracker::new();
     let listener = bound.listener.try_clone()?;
-    let serving = service::serve(listener, snapshotter, metrics, calls.clone(), stop.clone());
+    let served = Served { snapshotter, blobs, about, metrics, tasks: calls.clone() };
+    let serving = service::serve(listener, served, stop.clone());
     notify(sd_notify::NotifyState::Ready);
     let counts = meta.counts();
     tracing::info!(
@@ -143,6 +166,21 @@ pub async fn run(
     drop(root);
     tracing::info!("stopped");
     served
+}
+
+/// What goes on in the background as long as calls are answered.
+fn spawn_work(
+    background: &TaskTracker,
+    snapshotter: &Arc<Snapshotter>,
+    config: &Config,
+    stop: &CancellationToken,
+) {
+    let (work, work_stop) = (Arc::clone(snapshotter), stop.clone());
+    background.spawn(async move { work.run(work_stop).await });
+    background.spawn(containerd::watch(config.containerd.clone(), stop.clone()));
+    let hurried = Arc::clone(snapshotter);
+    let hurry = move || hurried.hurry();
+    background.spawn(containerd::events::watch_removals(config.containerd.clone(), hurry, stop.clone()));
 }
 
 /// Serves until told to stop; then takes the socket away, so that nobody new comes, and waits for those that are there, but not
@@ -199,6 +237,23 @@ fn policy(config: &Config) -> Policy {
             false => UpperdirLabel::Hidden,
         },
         cleanup_limit: config.cleanup.time_limit.duration(),
+        lookup_deadline: config.fetch.deadline.duration(),
+        room: Room { budget: config.layers.budget.bytes(), floor: config.layers.keep_free.number() },
+    }
+}
+
+fn about(config: &Config, composed: &remote::Composed) -> About {
+    let root = config.root.clone();
+    let publish_policy = match composed.remote.content {
+        None => "none",
+        Some(_) => config.publish.policy.as_str(),
+    };
+    About {
+        root: config.root.display().to_string(),
+        layer_images: composed.layer_images.clone(),
+        publish_policy: publish_policy.to_owned(),
+        store: Box::new(remote::store_state(config, composed)),
+        free_bytes: Box::new(move || space::free_bytes(&root).unwrap_or(0)),
     }
 }
 
@@ -252,6 +307,8 @@ fn require_unoccupied(root: &Path) -> Result<(), DaemonError> {
         let ours = name == "lock"
             || name == "lost+found"
             || name == metastore::RESERVE
+            || starts_with(&name, KEY_FILE)
+            || (name == "layer" && is_empty_dir(&root.join("layer")))
             || starts_with(&name, "metadata.db.new")
             || probe::is_leftover(&name.to_string_lossy())
             || (name == "l" && is_empty_dir(&root.join("l")));

@@ -12,9 +12,10 @@
 //! | 7 assembly | [`cli`], [`daemon`], [`config`] | arguments, composition, settings |
 //! | 6 wire | [`service`] | gRPC in, codes out |
 //! | 5 domain | [`snapshot`] | use cases, records, filters, reconcile |
-//! | 4 mechanisms | [`driver`] | where bytes live on this node |
-//! | 3 content | [`content`] | layers from elsewhere |
-//! | 1 | [`containerd`] | containerd as a server |
+//! | 4 mechanisms | [`driver`], [`layer`] | where bytes live on this node: snapshots, layer images |
+//! | 3 content | [`content`] | layers on the object store: indexes, refs, publishing |
+//! | 2 pieces | [`chunk`], [`image`] | where layer images are cut and how they are stored; how a tar becomes one |
+//! | 1 servers | [`object`], [`containerd`] | the object store, containerd |
 //! | 0 ground | [`oci`], [`sys`], [`telemetry`], [`proto`] | names, the kernel, what the outside sees, generated messages |
 //!
 //! # A newcomer's path
@@ -27,6 +28,7 @@
 //! key. *view*, *active*, *committed*: the kinds. *chain ID*, *diff ID*: OCI's. *ref*: the chain ID a Prepare asks for.
 //! *upperdir*, *lowerdir*, *workdir*: overlayfs's. *reconcile*: bring records and storage of this node together.
 
+pub mod chunk;
 pub mod cli;
 pub mod config;
 pub mod containerd;
@@ -34,6 +36,9 @@ pub mod content;
 pub mod daemon;
 pub mod design;
 pub mod driver;
+pub mod image;
+pub mod layer;
+pub mod object;
 pub mod oci;
 pub mod service;
 pub mod snapshot;

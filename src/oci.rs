@@ -59,6 +59,70 @@ impl fmt::Debug for ChainId {
     }
 }
 
+/// The digest of a layer's uncompressed tar: OCI's DiffID.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DiffId(pub Digest);
+
+impl fmt::Display for DiffId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for DiffId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl ChainId {
+    /// The chain of `diff` put on `below` (OCI image specification, "Layer ChainID").
+    pub fn of(below: Option<&ChainId>, diff: &DiffId) -> ChainId {
+        match below {
+            None => ChainId(diff.0.clone()),
+            Some(below) => {
+                let mut hasher = Sha256::default();
+                hasher.update(format!("{below} {diff}").as_bytes());
+                ChainId(hasher.digest())
+            }
+        }
+    }
+}
+
+/// SHA-256 of a stream, for what OCI names by it.
+#[derive(Clone)]
+pub struct Sha256(aws_lc_rs::digest::Context);
+
+impl Default for Sha256 {
+    fn default() -> Sha256 {
+        Sha256(aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256))
+    }
+}
+
+impl fmt::Debug for Sha256 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sha256")
+    }
+}
+
+impl Sha256 {
+    /// The next bytes of the stream.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The digest of all bytes.
+    pub fn digest(self) -> Digest {
+        let mut text = String::with_capacity(71);
+        text.push_str("sha256:");
+        for byte in self.0.finish().as_ref() {
+            text.push(char::from_digit(u32::from(byte >> 4), 16).unwrap_or('0'));
+            text.push(char::from_digit(u32::from(byte & 15), 16).unwrap_or('0'));
+        }
+        Digest(text.into())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -79,5 +143,21 @@ mod tests {
         ] {
             assert_eq!(Digest::parse(&bad), Err(DigestError), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn chains_are_those_of_the_specification() {
+        let mut hasher = Sha256::default();
+        hasher.update(b"abc");
+        let abc = hasher.digest();
+        assert_eq!(abc.as_str(), "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        let first = ChainId::of(None, &DiffId(abc.clone()));
+        assert_eq!(first.0, abc);
+        let second = ChainId::of(Some(&first), &DiffId(abc));
+        // printf 'sha256:ba78... sha256:ba78...' | sha256sum
+        assert_eq!(
+            second.to_string(),
+            "sha256:95bbd0d1bf2f6edd073d53e1caa6d4b4778912f6b19bad7a45d56c58e23533bd"
+        );
     }
 }

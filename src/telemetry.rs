@@ -59,7 +59,7 @@ pub fn init_logs(level: &str, format: LogFormat) -> Result<(), TelemetryError> {
     started.map_err(|_| TelemetryError::Twice)
 }
 
-/// The RPCs of the snapshots service.
+/// The RPCs of the snapshots service, and Apply of the diff service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "each is the RPC of its name")]
 pub enum Method {
@@ -73,6 +73,7 @@ pub enum Method {
     List,
     Usage,
     Cleanup,
+    Apply,
 }
 
 impl Method {
@@ -89,6 +90,7 @@ impl Method {
             Method::List => "List",
             Method::Usage => "Usage",
             Method::Cleanup => "Cleanup",
+            Method::Apply => "Apply",
         }
     }
 }
@@ -110,12 +112,18 @@ struct CallMethod {
     method: Method,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Apply {
+    how: &'static str,
+}
+
 /// What is counted while serving; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     registry: Arc<Registry>,
     calls: Family<Call, Counter>,
     durations: Family<CallMethod, Histogram>,
+    applies: Family<Apply, Counter>,
 }
 
 /// What is asked for when metrics are read.
@@ -150,14 +158,21 @@ impl Metrics {
             Unit::Seconds,
             durations.clone(),
         );
+        let applies = Family::<Apply, Counter>::default();
+        registry.register("diff_applies", "Layers applied, by what they became", applies.clone());
         registry.register_collector(Box::new(LevelCollector(levels)));
-        Metrics { registry: Arc::new(registry), calls, durations }
+        Metrics { registry: Arc::new(registry), calls, durations, applies }
     }
 
     /// Counts an answered call.
     pub fn rpc(&self, method: Method, code: &'static str, took: Duration) {
         self.calls.get_or_create(&Call { method, code }).inc();
         self.durations.get_or_create(&CallMethod { method }).observe(took.as_secs_f64());
+    }
+
+    /// Counts an applied layer.
+    pub fn applied(&self, how: &'static str) {
+        self.applies.get_or_create(&Apply { how }).inc();
     }
 
     /// Everything, as Prometheus text.

@@ -7,10 +7,13 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::config::{self, Effective, Flags};
 
+mod ask;
 pub mod check;
 mod check_verb;
+mod publish;
 mod serve;
 mod show_config;
+mod trust;
 
 /// A containerd proxy snapshotter.
 ///
@@ -40,6 +43,19 @@ enum Verb {
         #[arg(long, value_name = "FILE")]
         containerd_config: Option<PathBuf>,
     },
+    /// Upload an image's layers to the store, so that other nodes start it from there
+    ///
+    /// Takes the image from containerd, from an OCI image layout or from an archive of `docker save`; works without the daemon.
+    /// Returns when everything is durable. What the store has already is not uploaded again.
+    Publish(publish::Arguments),
+    /// Print this node's public key, and the line that another node needs to use what this one publishes
+    Trust {
+        #[command(flatten)]
+        settings: Settings,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Print the effective configuration and where each value came from
     Config {
         #[command(flatten)]
@@ -47,6 +63,38 @@ enum Verb {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Show the state of the running daemon: snapshots, layers, the store, what is being published
+    ///
+    /// Asks the daemon on --address (environment SPEEDY_ADDRESS).
+    Status {
+        #[command(flatten)]
+        settings: Settings,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the layer images of this node: where each came from, how much of it is here, who uses it
+    Layers {
+        #[command(flatten)]
+        settings: Settings,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show where the layers of an image or of a container came from, and why they were not taken from the store
+    Explain {
+        #[command(flatten)]
+        settings: Settings,
+        /// containerd's namespace [environment: CONTAINERD_NAMESPACE]
+        #[arg(long, short, value_name = "NS")]
+        namespace: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// An image or a container, as containerd calls it
+        #[arg(value_name = "IMAGE|CONTAINER")]
+        what: String,
     },
     /// Print a completion script for a shell
     ///
@@ -63,7 +111,7 @@ enum Verb {
 
 /// Settings that every verb understands. Each has its key in the configuration file and its environment variable; flags win
 /// over the environment, that over the file, that over the defaults (see `speedy config`).
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 struct Settings {
     /// The unix socket that containerd talks to [key: address; default: /run/speedy/speedy.sock]
     #[arg(long, value_name = "SOCKET")]
@@ -80,12 +128,15 @@ struct Settings {
     /// error, warn, info, debug or trace [key: log.level; default: info]
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<String>,
-    /// Where remote layers come from [key: store; default: none]
+    /// Where layers come from and go to: file:///DIR, s3://BUCKET/PREFIX [key: store; default: none]
     #[arg(long, value_name = "URL")]
     store: Option<String>,
     /// Serve Prometheus metrics on this loopback address, such as 127.0.0.1:9890 [key: metrics; default: none]
     #[arg(long, value_name = "ADDR")]
     metrics: Option<String>,
+    /// Whose layers are taken from the store: keys or any [key: trust.mode; default: keys]
+    #[arg(long, value_name = "WHO")]
+    trust: Option<String>,
 }
 
 impl Settings {
@@ -98,6 +149,7 @@ impl Settings {
             log_level: self.log_level,
             store: self.store,
             metrics: self.metrics,
+            trust: self.trust,
         };
         let effective = config::load(&flags, config::environment())?;
         effective.unknown_variables.iter().for_each(warn);
@@ -112,9 +164,22 @@ pub fn run() -> ExitCode {
         Verb::Check { settings, json, containerd_config } => settings
             .load()
             .and_then(|effective| check_verb::run(&effective, containerd_config.as_deref(), json)),
+        Verb::Publish(mut arguments) => {
+            arguments.take_settings().load().and_then(|effective| publish::run(&effective, &arguments))
+        }
+        Verb::Trust { settings, json } => settings.load().and_then(|effective| trust::run(&effective, json)),
         Verb::Config { settings, json } => {
             settings.load().and_then(|effective| show_config::run(&effective, json))
         }
+        Verb::Status { settings, json } => {
+            settings.load().and_then(|effective| ask::status(&effective, form(json)))
+        }
+        Verb::Layers { settings, json } => {
+            settings.load().and_then(|effective| ask::layers(&effective, form(json)))
+        }
+        Verb::Explain { settings, namespace, json, what } => settings.load().and_then(|effective| {
+            ask::explain(&effective, &namespace_or_default(namespace), &what, form(json))
+        }),
         Verb::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "speedy", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
@@ -132,6 +197,21 @@ pub fn run() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn form(json: bool) -> ask::Form {
+    if json { ask::Form::Json } else { ask::Form::Human }
+}
+
+/// containerd's namespace: as given, else as its own tools take it from the environment.
+fn namespace_or_default(given: Option<String>) -> String {
+    let from_environment = || std::env::var("CONTAINERD_NAMESPACE").ok().filter(|name| !name.is_empty());
+    given.or_else(from_environment).unwrap_or_else(|| "default".to_owned())
+}
+
+fn print(text: &str) -> std::io::Result<()> {
+    use std::io::Write;
+    std::io::stdout().write_all(text.as_bytes())
 }
 
 fn print_man() -> anyhow::Result<ExitCode> {

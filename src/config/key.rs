@@ -16,8 +16,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::value::{DriverKind, LayerSharing, LogFormat, LogLevel, StoreUrl, Timespan};
+use super::value::{
+    ByteSize, DriverKind, LayerSharing, LogFormat, LogLevel, Percent, PublishPolicy, StoreUrl, Timespan,
+    TrustMode,
+};
 use super::{Config, FILE_VARIABLE, PREFIX, show};
+use crate::content::trust::PublicKey;
 
 /// One row of the table.
 pub(super) struct Key {
@@ -128,7 +132,8 @@ pub(super) const KEYS: &[Key] = &[
     },
     Key {
         name: "store",
-        accepted: "\"\" for no store, or \"memory:/absolute/path/layers.json\"",
+        accepted: "\"\" for no store, \"file:///DIRECTORY\", \"s3://BUCKET/PREFIX\", \"gs://BUCKET/PREFIX\", \
+                   \"az://CONTAINER/PREFIX\", or \"memory:/absolute/path/layers.json\"",
         set: |config, given| StoreUrl::parse(&given.text()?).map(|url| config.store = url).map_err(value),
         show: |config| json!(config.store),
     },
@@ -179,6 +184,50 @@ pub(super) const KEYS: &[Key] = &[
             LayerSharing::parse(&given.text()?).map(|share| config.layers.share = share).map_err(value)
         },
         show: |config| json!(config.layers.share),
+    },
+    Key {
+        name: "layers.budget",
+        accepted: "a size such as \"0\", \"512MiB\" or \"20GiB\"",
+        set: |config, given| {
+            ByteSize::parse(&given.text()?).map(|size| config.layers.budget = size).map_err(value)
+        },
+        show: |config| json!(config.layers.budget),
+    },
+    Key {
+        name: "layers.keep_free",
+        accepted: "a share of the file system, from \"0%\" to \"90%\"",
+        set: |config, given| {
+            Percent::parse(&given.text()?).map(|share| config.layers.keep_free = share).map_err(value)
+        },
+        show: |config| json!(config.layers.keep_free),
+    },
+    Key {
+        name: "fetch.deadline",
+        accepted: "a time from \"1ms\" to \"1h\", such as \"500ms\" or \"5s\"",
+        set: |config, given| time_limit(&given.text()?).map(|limit| config.fetch.deadline = limit),
+        show: |config| json!(config.fetch.deadline),
+    },
+    Key {
+        name: "publish.policy",
+        accepted: PublishPolicy::ACCEPTED,
+        set: |config, given| {
+            PublishPolicy::parse(&given.text()?).map(|policy| config.publish.policy = policy).map_err(value)
+        },
+        show: |config| json!(config.publish.policy),
+    },
+    Key {
+        name: "trust.mode",
+        accepted: TrustMode::ACCEPTED,
+        set: |config, given| {
+            TrustMode::parse(&given.text()?).map(|mode| config.trust.mode = mode).map_err(value)
+        },
+        show: |config| json!(config.trust.mode),
+    },
+    Key {
+        name: "trust.keys",
+        accepted: "a list of public keys such as [\"ed25519:...\"], as `speedy trust` prints them",
+        set: |config, given| trusted_keys(given.list()?).map(|keys| config.trust.keys = keys),
+        show: |config| json!(config.trust.keys),
     },
 ];
 
@@ -287,6 +336,13 @@ fn time_limit(text: &str) -> Result<Timespan, Problem> {
         return Err(value(format!("{limit} is out of range")));
     }
     Ok(limit)
+}
+
+fn trusted_keys(keys: Vec<String>) -> Result<Vec<String>, Problem> {
+    match keys.iter().find(|key| PublicKey::parse(key).is_err()) {
+        None => Ok(keys),
+        Some(key) => Err(value(format!("{key:?} is not a public key"))),
+    }
 }
 
 fn mount_options(options: Vec<String>) -> Result<Vec<String>, Problem> {

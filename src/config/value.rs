@@ -92,6 +92,116 @@ words! {
     "\"isolated\" or \"node\""
 }
 
+words! {
+    /// Whose layers this node takes from the store.
+    TrustMode {
+        /// Those that this node published itself, and those of the listed keys.
+        Keys = "keys",
+        /// Anybody's who can write to the store.
+        Any = "any",
+    }
+    "\"keys\" or \"any\""
+}
+
+words! {
+    /// Which layers are put on the store.
+    PublishPolicy {
+        /// Those that this node pulls.
+        Auto = "auto",
+        /// Only those that are published by hand.
+        Off = "off",
+    }
+    "\"auto\" or \"off\""
+}
+
+/// A size in bytes, written as `0`, `512MiB`, `20GiB` or `1TiB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteSize(u64);
+
+impl ByteSize {
+    const UNITS: [(&'static str, u64); 4] =
+        [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+
+    /// So many GiB.
+    pub const fn from_gib(gib: u64) -> ByteSize {
+        ByteSize(gib << 30)
+    }
+
+    /// In bytes.
+    pub const fn bytes(self) -> u64 {
+        self.0
+    }
+
+    /// Reads a whole number with a unit, or `0`.
+    pub(super) fn parse(text: &str) -> Result<ByteSize, String> {
+        if text == "0" {
+            return Ok(ByteSize(0));
+        }
+        let found = Self::UNITS.iter().find_map(|(unit, size)| Some((text.strip_suffix(unit)?, size)));
+        let Some((number, size)) = found else {
+            return Err(format!("{text:?} is not a size; units are KiB, MiB, GiB and TiB"));
+        };
+        let digits = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+        let bytes = if digits { number.parse::<u64>().ok() } else { None };
+        bytes
+            .and_then(|number| number.checked_mul(*size))
+            .filter(|bytes| *bytes <= 1 << 60)
+            .map(ByteSize)
+            .ok_or_else(|| format!("{text:?} is not a size"))
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fits = |(_, size): &&(&str, u64)| self.0 > 0 && self.0.is_multiple_of(*size);
+        match Self::UNITS.iter().find(fits) {
+            Some((unit, size)) => write!(f, "{}{unit}", self.0 / size),
+            None => write!(f, "{}", self.0),
+        }
+    }
+}
+
+impl Serialize for ByteSize {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// A share, written as `0%` to `90%`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Percent(u8);
+
+impl Percent {
+    /// So many percent.
+    pub const fn new(percent: u8) -> Percent {
+        Percent(percent)
+    }
+
+    /// The number.
+    pub const fn number(self) -> u8 {
+        self.0
+    }
+
+    /// Reads a whole number and a percent sign.
+    pub(super) fn parse(text: &str) -> Result<Percent, String> {
+        let number = text.strip_suffix('%').filter(|n| n.bytes().all(|b| b.is_ascii_digit()));
+        let number = number.and_then(|number| number.parse::<u8>().ok()).filter(|number| *number <= 90);
+        number.map(Percent).ok_or_else(|| format!("{text:?} is not a share from 0% to 90%"))
+    }
+}
+
+impl fmt::Display for Percent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}%", self.0)
+    }
+}
+
+impl Serialize for Percent {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 /// What snapshots are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -212,22 +322,33 @@ pub struct StoreUrl(String);
 
 impl StoreUrl {
     /// Checks what this build can use.
-    pub(super) fn parse(text: &str) -> Result<StoreUrl, String> {
+    pub fn parse(text: &str) -> Result<StoreUrl, String> {
         if text.is_empty() {
             return Ok(StoreUrl::default());
         }
         let shown = redact(text);
-        let Some((scheme, path)) = text.split_once(':') else {
-            return Err(format!("{shown:?} is not a URL"));
-        };
-        if scheme != "memory" {
-            return Err(format!("this build has no store for {shown:?}"));
-        }
         if text.chars().any(char::is_control) {
             return Err(format!("{shown:?} holds control characters"));
         }
-        if !Path::new(path).is_absolute() {
+        if text.contains('@') {
+            return Err(format!(
+                "{shown:?} holds credentials; give them in the environment (AWS_* variables)"
+            ));
+        }
+        let Some((scheme, rest)) = text.split_once(':') else {
+            return Err(format!("{shown:?} is not a URL"));
+        };
+        let path = match scheme {
+            "memory" => Some(rest),
+            "file" => Some(rest.strip_prefix("//").unwrap_or(rest)),
+            "s3" | "gs" | "az" | "azure" => None,
+            _ => return Err(format!("this build has no store for {shown:?}")),
+        };
+        if path.is_some_and(|path| !Path::new(path).is_absolute()) {
             return Err(format!("the path in {shown:?} is not absolute"));
+        }
+        if path.is_none() && rest.strip_prefix("//").is_none_or(|bucket| bucket.starts_with(['/', '?'])) {
+            return Err(format!("{shown:?} names no bucket"));
         }
         Ok(StoreUrl(text.to_owned()))
     }
@@ -304,6 +425,21 @@ mod tests {
     }
 
     #[test]
+    fn sizes_and_shares_are_read_and_printed() {
+        for (text, bytes) in [("0", 0), ("1KiB", 1024), ("512MiB", 512 << 20), ("20GiB", 20 << 30)] {
+            let size = ByteSize::parse(text).unwrap();
+            assert_eq!((size.bytes(), size.to_string().as_str()), (bytes, text));
+        }
+        for text in ["", "1", "1GB", "GiB", "-1GiB", "1.5GiB", "99999999999999TiB", "+1GiB"] {
+            assert!(ByteSize::parse(text).is_err(), "{text:?}");
+        }
+        assert_eq!(Percent::parse("20%").unwrap().to_string(), "20%");
+        for text in ["", "%", "20", "91%", "-1%", "+2%", "1.5%"] {
+            assert!(Percent::parse(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
     fn nonsense_times_are_refused() {
         for text in
             ["", "s", "30", "30 s", "-1s", "1.5s", "1d", "1s1m", "1s1s", "30s ", "99999999999s", "1\u{e9}"]
@@ -338,8 +474,22 @@ mod tests {
     #[test]
     fn only_stores_of_this_build_are_accepted() {
         assert!(StoreUrl::parse("").unwrap().is_empty());
-        assert_eq!(StoreUrl::parse("memory:/a").unwrap().as_str(), "memory:/a");
-        for text in ["memory", "memory:", "memory:a", "s3://bucket", "/a", "memory:/a\u{7f}"] {
+        for text in
+            ["memory:/a", "file:///srv/store", "s3://bucket", "s3://bucket/prefix", "gs://b", "az://c/p"]
+        {
+            assert_eq!(StoreUrl::parse(text).unwrap().as_str(), text);
+        }
+        for text in [
+            "memory",
+            "memory:",
+            "memory:a",
+            "s3:bucket",
+            "s3:///x",
+            "file://a",
+            "ftp://a",
+            "/a",
+            "memory:/a\u{7f}",
+        ] {
             assert!(StoreUrl::parse(text).is_err(), "{text:?}");
         }
     }

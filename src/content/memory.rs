@@ -1,20 +1,80 @@
 //! Layers held in memory, read once from a JSON file: `{"sha256:<chain id>": {"etc/hello": "content", ...}, ...}`.
+//!
+//! For trials and tests of everything around it: as a source of layers it stands beside the object store.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use crate::oci::{ChainId, Digest};
 
+/// Why a source cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// No such kind of store.
+    #[error("store {url:?} is not known: use memory:FILE, or leave `store` empty for none")]
+    UnknownStore {
+        /// As configured.
+        url: String,
+    },
+    /// The file cannot be read.
+    #[error("{path}: {source}")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The layers of a file.
+#[derive(Debug)]
+pub struct MemorySource {
+    layers: Layers,
+}
+
+impl MemorySource {
+    /// Opens the store that `url` names; an empty text is no store.
+    pub fn open(url: &str) -> Result<Option<MemorySource>, MemoryError> {
+        match url.split_once(':') {
+            _ if url.is_empty() => Ok(None),
+            Some(("memory", file)) if !file.is_empty() => {
+                let path = PathBuf::from(file);
+                let layers =
+                    Layers::read(&path).map_err(|source| MemoryError::Unreadable { path, source })?;
+                Ok(Some(MemorySource { layers }))
+            }
+            _ => Err(MemoryError::UnknownStore { url: url.to_owned() }),
+        }
+    }
+
+    /// The layer that makes the chain `chain` when put on the layers below it, if this store has it.
+    pub async fn lookup(&self, chain: &ChainId) -> Result<Option<Layer>, MemoryError> {
+        Ok(self.layers.get(chain).cloned().map(Layer))
+    }
+}
+
+/// A layer at hand.
+#[derive(Debug, Clone)]
+pub struct Layer(Tree);
+
+impl Layer {
+    /// Writes the layer's tree into the empty directory `dir`, in overlayfs's own form of a layer.
+    pub fn write_to(&self, dir: &Path) -> io::Result<()> {
+        self.0.write_to(dir)
+    }
+}
+
 /// Relative path → content.
 #[derive(Debug, Clone)]
-pub(super) struct Tree(Arc<BTreeMap<String, String>>);
+struct Tree(Arc<BTreeMap<String, String>>);
 
 impl Tree {
-    pub(super) fn write_to(&self, dir: &Path) -> io::Result<()> {
+    fn write_to(&self, dir: &Path) -> io::Result<()> {
         for (path, content) in self.0.iter() {
             let file = dir.join(path);
             // Modes are set, not left to the umask of whoever started us.
@@ -34,10 +94,10 @@ impl Tree {
 }
 
 #[derive(Debug)]
-pub(super) struct Layers(HashMap<ChainId, Tree>);
+struct Layers(HashMap<ChainId, Tree>);
 
 impl Layers {
-    pub(super) fn read(file: &Path) -> io::Result<Layers> {
+    fn read(file: &Path) -> io::Result<Layers> {
         let listed: BTreeMap<String, BTreeMap<String, String>> =
             serde_json::from_slice(&std::fs::read(file)?)?;
         let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
@@ -52,7 +112,7 @@ impl Layers {
         Ok(Layers(layers))
     }
 
-    pub(super) fn get(&self, chain: &ChainId) -> Option<&Tree> {
+    fn get(&self, chain: &ChainId) -> Option<&Tree> {
         self.0.get(chain)
     }
 }

@@ -25,6 +25,11 @@ pub(super) fn mounts(mounts: Vec<driver::Mount>) -> Vec<types::Mount> {
     mounts.into_iter().map(mount).collect()
 }
 
+pub(super) fn driver_mounts(mounts: Vec<types::Mount>) -> Vec<driver::Mount> {
+    let mount = |m: types::Mount| driver::Mount { kind: m.r#type, source: m.source, options: m.options };
+    mounts.into_iter().map(mount).collect()
+}
+
 pub(super) fn info(info: Info) -> wire::Info {
     wire::Info {
         name: info.name.as_str().to_owned(),

@@ -14,13 +14,21 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::containerd::blob::Blobs;
+use crate::proto::containerd::services::diff::v1::diff_server::DiffServer;
 use crate::proto::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
+use crate::proto::speedy::v1::control_server::ControlServer;
 use crate::snapshot::snapshotter::Snapshotter;
 use crate::telemetry::Metrics;
 
+mod call;
+mod control;
 mod convert;
+mod diff;
 mod snapshots;
 mod status;
+
+pub use control::About;
 
 /// containerd's own limit for messages, both ways.
 const MESSAGE_BYTES: usize = 16 * 1024 * 1024;
@@ -45,24 +53,44 @@ pub enum ServeError {
     Grpc(#[source] tonic::transport::Error),
 }
 
-/// Serves the snapshots API, with health beside it, until `stop`; then finishes what was begun.
+/// What is served.
+#[derive(Debug)]
+pub struct Served {
+    /// The use cases.
+    pub snapshotter: Arc<Snapshotter>,
+    /// Where layers to be applied are read from.
+    pub blobs: Blobs,
+    /// What the daemon says of itself.
+    pub about: About,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// Owns the calls that go on without their callers.
+    pub tasks: TaskTracker,
+}
+
+/// Serves the snapshots API and the diff API, with health beside them, until `stop`; then finishes what was begun.
 pub async fn serve(
     listener: UnixListener,
-    snapshotter: Arc<Snapshotter>,
-    metrics: Metrics,
-    tasks: TaskTracker,
+    served: Served,
     stop: CancellationToken,
 ) -> Result<(), ServeError> {
     let listener = tokio::net::UnixListener::from_std(listener).map_err(ServeError::Socket)?;
-    let service = snapshots::SnapshotsService { snapshotter, tasks, metrics };
+    let Served { snapshotter, blobs, about, metrics, tasks } = served;
+    let calls = call::Calls { tasks, metrics };
+    let control = control::ControlService { snapshotter: Arc::clone(&snapshotter), about: Arc::new(about) };
+    let diff = diff::DiffService { snapshotter: Arc::clone(&snapshotter), blobs, calls: calls.clone() };
+    let service = snapshots::SnapshotsService { snapshotter, calls };
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<SnapshotsServer<snapshots::SnapshotsService>>().await;
     let snapshots = SnapshotsServer::new(service)
         .max_decoding_message_size(MESSAGE_BYTES)
         .max_encoding_message_size(MESSAGE_BYTES);
+    let diff = DiffServer::new(diff).max_decoding_message_size(MESSAGE_BYTES);
     tonic::transport::Server::builder()
         .add_service(health_service)
         .add_service(snapshots)
+        .add_service(diff)
+        .add_service(ControlServer::new(control))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.cancelled_owned())
         .await
         .map_err(ServeError::Grpc)

@@ -7,7 +7,10 @@
 use tonic::{Code, Status};
 
 use crate::driver::DriverError;
+use crate::image::ImageError;
+use crate::layer::LayerError;
 use crate::snapshot::SnapshotError;
+use crate::snapshot::apply::ApplyError;
 use crate::snapshot::metastore::MetaError;
 
 /// What containerd is told.
@@ -53,6 +56,9 @@ fn code(error: &SnapshotError) -> Code {
         | SnapshotError::NotActive { .. }
         | SnapshotError::NotMountable { .. }
         | SnapshotError::HasChildren { .. } => Code::FailedPrecondition,
+        SnapshotError::LayerUnavailable { .. } | SnapshotError::LayerGone { .. } => Code::Unavailable,
+        SnapshotError::Layer(error) => layer_code(error),
+        SnapshotError::Apply(error) => apply_code(error),
         SnapshotError::Driver(error) => driver_code(error),
         SnapshotError::Meta(error) => meta_code(error),
         SnapshotError::ShuttingDown => Code::Unavailable,
@@ -66,6 +72,28 @@ fn driver_code(error: &DriverError) -> Code {
         DriverError::Busy(_) => Code::FailedPrecondition,
         DriverError::Cancelled => Code::Cancelled,
         DriverError::Unsupported(_) | DriverError::Io { .. } => Code::Internal,
+    }
+}
+
+fn layer_code(error: &LayerError) -> Code {
+    match error {
+        LayerError::Full { .. } => Code::ResourceExhausted,
+        LayerError::Missing(_) => Code::DataLoss,
+        LayerError::Chunk { .. } => Code::Unavailable,
+        LayerError::Attach(_) | LayerError::Io { .. } => Code::Internal,
+    }
+}
+
+fn apply_code(error: &ApplyError) -> Code {
+    match error {
+        // The one code after which containerd's diff service asks the next differ.
+        ApplyError::NotOurs => Code::Unimplemented,
+        ApplyError::Layer {
+            source: ImageError::UnknownMediaType { .. } | ImageError::Encrypted { .. },
+            ..
+        } => Code::Unimplemented,
+        ApplyError::NotADigest | ApplyError::Layer { .. } => Code::InvalidArgument,
+        ApplyError::Blob { .. } => Code::Unavailable,
     }
 }
 

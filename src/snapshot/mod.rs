@@ -28,11 +28,19 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::driver::{DriverError, Mount};
 
+pub mod apply;
+mod below;
+mod blob;
 pub mod filter;
+mod hit;
+pub mod layers;
+mod locks;
 pub mod mapping;
 pub mod metastore;
+pub mod publish;
 pub mod reconcile;
 pub mod remote;
+pub mod report;
 mod schema;
 pub mod snapshotter;
 pub mod stock;
@@ -295,6 +303,26 @@ pub enum SnapshotError {
     /// The records could not be read or written.
     #[error(transparent)]
     Meta(#[from] metastore::MetaError),
+    /// A layer image was removed while it was being put to use.
+    #[error("layer image {serial} was removed meanwhile; try again")]
+    LayerGone {
+        /// Its serial.
+        serial: u64,
+    },
+    /// The data of a layer cannot be had now.
+    #[error("layer {layer} is unavailable, its data cannot be fetched: {problem}")]
+    LayerUnavailable {
+        /// Its diff ID.
+        layer: String,
+        /// Which chunk, and why.
+        problem: String,
+    },
+    /// Layer images of this node.
+    #[error(transparent)]
+    Layer(#[from] crate::layer::LayerError),
+    /// A layer cannot be applied.
+    #[error(transparent)]
+    Apply(#[from] apply::ApplyError),
     /// The daemon is going down.
     #[error("speedy is shutting down")]
     ShuttingDown,

@@ -9,7 +9,7 @@
 //!
 //! **When it fails.** Stopping at any point leaves a state that the next run continues from.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +17,8 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::metastore::{MetaStore, Recorded};
+use super::layers::Layers;
+use super::metastore::{MetaStore, Progress, Recorded};
 use super::stock::blocking;
 use super::{Key, SnapshotError};
 use crate::driver::{Driver, DriverError, Id};
@@ -36,34 +37,57 @@ pub struct Plan {
     pub beyond: Vec<u64>,
     /// Recorded as a snapshot, not on storage: damage.
     pub missing: Vec<(u64, Key)>,
+    /// Layer images that are recorded as complete and not on storage: damage.
+    pub missing_layers: Vec<u64>,
 }
 
 impl Plan {
     /// Whether records and storage agree.
     pub fn is_empty(&self) -> bool {
-        self.unknown.is_empty() && self.beyond.is_empty() && self.missing.is_empty()
+        let Plan { unknown, beyond, missing, missing_layers } = self;
+        unknown.is_empty() && beyond.is_empty() && missing.is_empty() && missing_layers.is_empty()
     }
 }
 
 /// Compares. `inventory` must have been taken before `recorded` was read: an Id is recorded before it is on storage, so
 /// nothing that a running daemon makes meanwhile can look unknown.
-pub fn plan(recorded: &Recorded, inventory: &[u64]) -> Plan {
+pub fn plan(recorded: &Recorded, inventory: &Inventory) -> Plan {
     let named: HashSet<u64> = (recorded.ready.iter().map(|(serial, _)| *serial))
+        .chain(recorded.layers.iter().map(|(serial, _)| *serial))
         .chain(recorded.pending.iter().copied())
         .chain(recorded.removing.iter().copied())
         .collect();
-    let present: HashSet<u64> = inventory.iter().copied().collect();
     let mut plan = Plan::default();
-    for serial in inventory.iter().filter(|serial| !named.contains(serial)) {
+    for serial in inventory.directories.union(&inventory.images).filter(|serial| !named.contains(serial)) {
         match *serial > recorded.last_serial {
             true => plan.beyond.push(*serial),
             false => plan.unknown.push(*serial),
         }
     }
-    plan.missing = recorded.ready.iter().filter(|(serial, _)| !present.contains(serial)).cloned().collect();
-    plan.unknown.sort_unstable();
-    plan.beyond.sort_unstable();
+    let is_missing = |serial: &u64| !inventory.directories.contains(serial);
+    plan.missing = recorded.ready.iter().filter(|(serial, _)| is_missing(serial)).cloned().collect();
+    let complete = recorded.layers.iter().filter(|(_, progress)| *progress == Progress::Complete);
+    plan.missing_layers =
+        complete.map(|(serial, _)| *serial).filter(|serial| !inventory.images.contains(serial)).collect();
     plan
+}
+
+/// What is on storage.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Inventory {
+    /// Serials that have a snapshot's directory.
+    pub directories: BTreeSet<u64>,
+    /// Serials that have a layer image.
+    pub images: BTreeSet<u64>,
+}
+
+/// What is kept free, and what unclaimed layer images may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes that layer images nobody claims may take.
+    pub budget: u64,
+    /// Share of the root's file system, in percent, below which unclaimed layer images are removed.
+    pub floor: u8,
 }
 
 /// Frees what is to be freed. One pass at a time, by one owner.
@@ -71,6 +95,8 @@ pub fn plan(recorded: &Recorded, inventory: &[u64]) -> Plan {
 pub struct Reconciler {
     meta: Arc<MetaStore>,
     driver: Arc<dyn Driver>,
+    layers: Option<Arc<Layers>>,
+    room: Room,
     wanted: Notify,
     passes: watch::Sender<Passes>,
     reported: Mutex<HashSet<u64>>,
@@ -86,10 +112,17 @@ struct Passes {
 
 impl Reconciler {
     /// For these records and this storage.
-    pub fn new(meta: Arc<MetaStore>, driver: Arc<dyn Driver>) -> Reconciler {
+    pub fn new(
+        meta: Arc<MetaStore>,
+        driver: Arc<dyn Driver>,
+        layers: Option<Arc<Layers>>,
+        room: Room,
+    ) -> Reconciler {
         Reconciler {
             meta,
             driver,
+            layers,
+            room,
             wanted: Notify::new(),
             passes: watch::Sender::new(Passes::default()),
             reported: Mutex::default(),
@@ -100,8 +133,13 @@ impl Reconciler {
     /// Before anything is served: compares, frees what an earlier process left half-made, and reports damage. What earlier
     /// processes were told to remove is left to [`Reconciler::run`], so that a start does not wait for it.
     pub async fn start(&self) -> Result<Plan, SnapshotError> {
-        let driver = Arc::clone(&self.driver);
-        let inventory = blocking(move || driver.inventory()).await?;
+        let (driver, layers) = (Arc::clone(&self.driver), self.layers.clone());
+        let inventory = blocking(move || {
+            let images = layers.map_or_else(|| Ok(Vec::new()), |layers| layers.store.inventory())?;
+            let directories = driver.inventory()?.into_iter().collect();
+            Ok::<_, SnapshotError>(Inventory { directories, images: images.into_iter().collect() })
+        })
+        .await?;
         let recorded = self.meta.recorded().await?;
         let plan = plan(&recorded, &inventory);
         for (serial, key) in &plan.missing {
@@ -121,8 +159,12 @@ impl Reconciler {
     /// as Pending what later became somebody's layer.
     async fn discard_unused(&self) -> Result<(), SnapshotError> {
         let (driver, pending) = (Arc::clone(&self.driver), self.meta.pending());
+        let layers = self.layers.clone();
         let (unused, kept): (Vec<Id>, Vec<Id>) = blocking(move || {
-            Ok::<_, SnapshotError>(pending.into_iter().partition(|id| driver.is_unused(*id).unwrap_or(false)))
+            // A half-made layer image is worth nothing, a complete one may be what somebody's snapshots consist of.
+            let no_image = |id: &Id| layers.as_ref().is_none_or(|l| !l.store.is_complete(id.serial));
+            let is_unused = |id: &Id| no_image(id) && driver.is_unused(*id).unwrap_or(false);
+            Ok::<_, SnapshotError>(pending.into_iter().partition(is_unused))
         })
         .await?;
         for id in kept {
@@ -163,6 +205,7 @@ impl Reconciler {
     async fn pass(&self, stop: &CancellationToken) {
         let unknown = std::mem::take(&mut *self.unknown.lock());
         self.free(unknown, stop).await;
+        self.evict().await;
         for ids in self.meta.removing().chunks(FORGET) {
             let freed = self.free(ids.to_vec(), stop).await;
             self.forget(freed).await;
@@ -170,14 +213,34 @@ impl Reconciler {
                 return;
             }
         }
+        if let Some(layers) = &self.layers {
+            layers.detach_unused().await;
+        }
+    }
+
+    /// Gives up unclaimed layer images when they are too many or the disk is too full.
+    async fn evict(&self) {
+        let Some(layers) = &self.layers else { return };
+        let wanted = match layers.short_of(self.room.floor) {
+            Ok(wanted) => wanted,
+            Err(error) => return tracing::warn!(%error, "cannot tell how full the disk is"),
+        };
+        if let Err(error) = layers.evict(self.room.budget, wanted).await {
+            tracing::warn!(%error, "cannot give up unused layer images yet");
+        }
     }
 
     /// Frees storage and answers the Ids whose storage is free now.
     async fn free(&self, ids: Vec<Id>, stop: &CancellationToken) -> Vec<Id> {
-        let (driver, stop) = (Arc::clone(&self.driver), stop.clone());
+        let (driver, layers, stop) = (Arc::clone(&self.driver), self.layers.clone(), stop.clone());
         let removed = blocking(move || {
             let cancelled = || stop.is_cancelled();
-            let remove = |id| (id, driver.remove(id, &cancelled));
+            let remove = |id: Id| {
+                // First what may be mounted at the directory's place.
+                let freed = layers.as_ref().map_or(Ok(()), |layers| layers.free(id.serial));
+                let freed = freed.map_err(SnapshotError::from);
+                (id, freed.and_then(|()| driver.remove(id, &cancelled).map_err(SnapshotError::from)))
+            };
             let results = ids.into_iter().take_while(|_| !stop.is_cancelled()).map(remove);
             Ok::<Vec<_>, SnapshotError>(results.collect())
         });
@@ -188,7 +251,7 @@ impl Reconciler {
                     self.reported.lock().remove(&id.serial);
                     freed.push(id);
                 }
-                Err(DriverError::Cancelled) => {}
+                Err(SnapshotError::Driver(DriverError::Cancelled)) => {}
                 // Once for each, not once a minute.
                 Err(error) if self.reported.lock().insert(id.serial) => {
                     tracing::warn!(serial = id.serial, %error, "cannot free storage yet; it will be tried again");
@@ -219,21 +282,28 @@ mod tests {
             ready: vec![(1, key("one")), (2, key("two"))],
             pending: vec![3],
             removing: vec![4],
-            last_serial: 6,
+            layers: vec![(6, Progress::Complete), (8, Progress::Filling)],
+            last_serial: 8,
         }
+    }
+
+    fn inventory(directories: &[u64], images: &[u64]) -> Inventory {
+        let (directories, images) = (directories.iter().copied().collect(), images.iter().copied().collect());
+        Inventory { directories, images }
     }
 
     #[test]
     fn agreement_is_an_empty_plan() {
-        assert!(plan(&recorded(), &[1, 2, 3, 4]).is_empty());
-        assert!(plan(&recorded(), &[1, 2]).is_empty());
+        assert!(plan(&recorded(), &inventory(&[1, 2, 3, 4], &[6, 8])).is_empty());
+        assert!(plan(&recorded(), &inventory(&[1, 2], &[6])).is_empty());
     }
 
     #[test]
     fn each_difference_is_told_apart() {
-        let plan = plan(&recorded(), &[1, 7, 5, 3]);
-        assert_eq!(plan.unknown, [5]);
-        assert_eq!(plan.beyond, [7]);
+        let plan = plan(&recorded(), &inventory(&[1, 9, 5, 3], &[7, 10]));
+        assert_eq!(plan.unknown, [5, 7]);
+        assert_eq!(plan.beyond, [9, 10]);
         assert_eq!(plan.missing, [(2, Key::new("two").unwrap())]);
+        assert_eq!(plan.missing_layers, [6]);
     }
 }

@@ -40,6 +40,24 @@ pub fn is_detached(labels: &Labels, parent: Option<&Key>) -> bool {
     parent.is_none() && labels.contains_key(LABEL_REF) && below
 }
 
+/// The chain ID that a committed snapshot of an image's layer has: its ref, or else its name, as clients that set no ref give it.
+pub fn chain_of(labels: &Labels, name: &Key) -> Option<ChainId> {
+    let text = labels.get(LABEL_REF).map_or_else(|| client_key(name.as_str()), String::as_str);
+    Digest::parse(text).ok().map(ChainId)
+}
+
+/// A key or name as the client gave it: containerd puts a namespace and a number before it.
+pub fn client_key(key: &str) -> &str {
+    let mut parts = key.splitn(3, '/');
+    match (parts.next(), parts.next(), parts.next()) {
+        (Some(_), Some(number), Some(rest)) if number.bytes().all(|b| b.is_ascii_digit()) => rest,
+        _ => key,
+    }
+}
+
+/// What containerd calls the active snapshots of an image that it unpacks.
+pub const EXTRACT: &str = "extract-";
+
 /// The name of the committed snapshot made for a hit. No client's key can look so: containerd prefixes keys with a
 /// namespace, and a namespace starts with a letter or digit.
 pub fn committed_name(serial: u64, chain: &ChainId) -> String {
@@ -76,5 +94,18 @@ mod tests {
         let parent = Key::new("p").unwrap();
         assert!(!is_detached(&labels, Some(&parent)));
         assert!(layer_request(&labels, Some(&parent)).is_some());
+    }
+
+    #[test]
+    fn the_key_of_the_client_is_what_follows_namespace_and_number() {
+        for (key, client) in [
+            ("k8s.io/12/extract-1-abcd sha256:ff", "extract-1-abcd sha256:ff"),
+            ("default/7//a/host/path", "/a/host/path"),
+            ("extract-1", "extract-1"),
+            ("a/b/extract-1", "a/b/extract-1"),
+            ("a/1", "a/1"),
+        ] {
+            assert_eq!(client_key(key), client);
+        }
     }
 }

@@ -18,8 +18,10 @@ use super::metastore::MetaError;
 
 /// `SPDY`.
 pub(super) const APPLICATION_ID: i32 = 0x5350_4459;
-/// The one version there is. A newer one is refused; an older one will be migrated here.
-pub(super) const VERSION: i32 = 1;
+/// The version this program writes. A newer one is refused; an older one is brought up to it when it is opened for writing.
+pub(super) const VERSION: i32 = 2;
+/// The oldest version that can be.
+const OLDEST: i32 = 1;
 
 const TABLES: &str = "
 CREATE TABLE property (
@@ -52,12 +54,57 @@ CREATE INDEX snapshot_parent ON snapshot (parent);
 CREATE UNIQUE INDEX snapshot_ref ON snapshot (ref, ifnull(parent, 0)) WHERE ref IS NOT NULL; -- (M5)
 ";
 
+/// What version 2 adds: layer images and what is to be published.
+const TABLES_2: &str = "
+-- One row for each layer image on this node. It has an Id of its own, Ready while the row is there; its file is
+-- layer/<serial>.erofs below the root, or layer/<serial>.part until it is complete.
+CREATE TABLE layer (
+    serial          INTEGER PRIMARY KEY REFERENCES storage (serial),
+    diff_id         TEXT NOT NULL,
+    attributes      TEXT NOT NULL,     -- hash of what implied directories took from below, hexadecimal; '' for none
+    origin          INTEGER NOT NULL CHECK (origin IN (0, 1)), -- 0 made here from a blob, 1 fetched from the store
+    complete        INTEGER NOT NULL CHECK (complete IN (0, 1)),
+    blob            TEXT,              -- digest of the compressed blob it was made from
+    store_index     TEXT,              -- BLAKE3 of its layer index, hexadecimal, once it is known
+    published       INTEGER,           -- when it was last seen durable in the store
+    tar_size        INTEGER NOT NULL,
+    image_size      INTEGER NOT NULL,
+    metadata_offset INTEGER NOT NULL,
+    metadata_length INTEGER NOT NULL,
+    inodes          INTEGER NOT NULL,
+    data_bytes      INTEGER NOT NULL,
+    root_uid        INTEGER NOT NULL,
+    root_gid        INTEGER NOT NULL,
+    fetched         INTEGER NOT NULL DEFAULT 0, -- bytes that came from the store
+    shared          INTEGER NOT NULL DEFAULT 0, -- bytes that other layer images of this node had
+    used            INTEGER NOT NULL   -- when a snapshot last began to use it
+) STRICT;
+CREATE UNIQUE INDEX layer_identity ON layer (diff_id, attributes, origin);
+
+-- What a snapshot consists of: its own directory, a layer image, or both (the directory above the image).
+ALTER TABLE snapshot ADD COLUMN layer INTEGER REFERENCES layer (serial);
+ALTER TABLE snapshot ADD COLUMN own INTEGER NOT NULL DEFAULT 1 CHECK (own IN (0, 1));
+CREATE INDEX snapshot_layer ON snapshot (layer) WHERE layer IS NOT NULL;
+
+-- Layers that are to be published, one row for each chain ID.
+CREATE TABLE publish (
+    chain        TEXT PRIMARY KEY,
+    parent_chain TEXT NOT NULL,        -- '' for the first layer of an image
+    namespace    TEXT NOT NULL,        -- containerd's, where the blob is
+    layer        INTEGER REFERENCES layer (serial), -- NULL where files were unpacked: the blob has to be found
+    added        INTEGER NOT NULL,
+    attempts     INTEGER NOT NULL DEFAULT 0,
+    dropped      INTEGER NOT NULL DEFAULT 0 CHECK (dropped IN (0, 1)), -- 1: given up, message says why
+    message      TEXT NOT NULL DEFAULT ''
+) STRICT;
+";
+
 /// Opens the file for writing, making it where there is none.
 pub(super) fn open(path: &Path, driver: &str) -> Result<Connection, MetaError> {
     if recognise(path)?.is_none() {
         create(path, driver)?;
     }
-    let db = Connection::open_with_flags(
+    let mut db = Connection::open_with_flags(
         path,
         OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
     )?;
@@ -65,6 +112,7 @@ pub(super) fn open(path: &Path, driver: &str) -> Result<Connection, MetaError> {
     check_driver(&db, path, driver)?;
     db.pragma_update(None, "journal_mode", "WAL")?;
     db.pragma_update(None, "synchronous", "FULL")?;
+    migrate(&mut db)?;
     db.pragma_update(None, "foreign_keys", true)?;
     // The first write makes the log and its index: now, while the reserve is given up, not in the first call on a full disk.
     db.execute("UPDATE property SET value = value WHERE name = 'driver'", [])?;
@@ -102,9 +150,27 @@ pub(super) fn recognise(path: &Path) -> Result<Option<i32>, MetaError> {
         return Err(MetaError::Foreign { path: path.to_owned() });
     }
     match number(60) {
-        Some(VERSION) => Ok(Some(VERSION)),
+        Some(version @ OLDEST..=VERSION) => Ok(Some(version)),
         found => Err(MetaError::Version { path: path.to_owned(), found: found.unwrap_or(0), known: VERSION }),
     }
+}
+
+/// The version that an open file has.
+pub(super) fn version(db: &Connection) -> Result<i32, rusqlite::Error> {
+    db.pragma_query_value(None, "user_version", |row| row.get(0))
+}
+
+/// Brings an older file up to [`VERSION`], in one transaction.
+fn migrate(db: &mut Connection) -> Result<(), rusqlite::Error> {
+    if version(db)? == VERSION {
+        return Ok(());
+    }
+    let tx = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+    tx.execute_batch(TABLES_2)?;
+    tx.pragma_update(None, "user_version", VERSION)?;
+    tx.commit()?;
+    tracing::info!(from = OLDEST, to = VERSION, "the metadata file was brought up to this version");
+    Ok(())
 }
 
 fn create(path: &Path, driver: &str) -> Result<(), MetaError> {
@@ -121,6 +187,7 @@ fn create(path: &Path, driver: &str) -> Result<(), MetaError> {
     tx.pragma_update(None, "application_id", APPLICATION_ID)?;
     tx.pragma_update(None, "user_version", VERSION)?;
     tx.execute_batch(TABLES)?;
+    tx.execute_batch(TABLES_2)?;
     tx.execute("INSERT INTO property (name, value) VALUES ('driver', ?1)", [driver])?;
     tx.commit()?;
     db.close().map_err(|(_, error)| error)?;

@@ -5,34 +5,38 @@
 //! Callers that may go away run these on a task of their own (`service` does), so that a use case that has begun comes to
 //! its end.
 
-use std::collections::{HashMap, HashSet};
-use std::hash::Hash;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
+use super::apply::{Applied, Applier, ApplyRequest};
 use super::filter::Filter;
-use super::metastore::{Adopted, Counts, MetaStore, NewCommit, NewSnapshot, Record};
-use super::reconcile::Reconciler;
-use super::remote::{self, LayerRequest};
+use super::hit::Hits;
+use super::layers::Layers;
+use super::locks::KeyedLocks;
+use super::metastore::{Counts, MetaStore, NewCommit, NewSnapshot, Own, PublishEntry, Record, Stack};
+use super::publish::Publisher;
+use super::reconcile::{Reconciler, Room};
+use super::remote;
 use super::stock::{Stock, blocking};
 use super::{
     Info, Key, Kind, LabelUpdate, Labels, Prepared, SnapshotError, Timestamp, Usage, check_labels, mapping,
 };
-use crate::content::{ContentError, ContentStore, Layer};
+use crate::content::ContentStore;
+use crate::content::memory::MemorySource;
 use crate::driver::{Access, Driver, Id, Mount, MountRequest, Owner, Purpose};
-use crate::oci::ChainId;
+
+mod adopt;
+mod report;
+mod usage;
 
 /// containerd's label for the directory that holds a snapshot's changes.
 pub const LABEL_UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
 
 /// How many trees are measured at once: more would take the threads that Prepare needs, and the disk.
 const WALKS: usize = 4;
-/// How long after a commit its snapshot is measured.
-const MEASURE_DELAY: Duration = Duration::from_secs(2);
 
 /// Whose pulled layers may answer a Prepare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +65,23 @@ pub struct Policy {
     pub upperdir_label: UpperdirLabel,
     /// How long a Cleanup call may take.
     pub cleanup_limit: Duration,
+    /// How long a Prepare may look for its layer in the store.
+    pub lookup_deadline: Duration,
+    /// What is kept free, and what unclaimed layer images may take.
+    pub room: Room,
+}
+
+/// Where layers come from and go to, beside containerd.
+#[derive(Debug, Default)]
+pub struct Remote {
+    /// Layers from a file, for trials.
+    pub source: Option<MemorySource>,
+    /// Layer images of this node; none where the kernel cannot mount them.
+    pub layers: Option<Arc<Layers>>,
+    /// The store.
+    pub content: Option<Arc<ContentStore>>,
+    /// What publishes in the background, if that is wanted.
+    pub publisher: Option<Arc<Publisher>>,
 }
 
 /// See the module's page.
@@ -68,7 +89,9 @@ pub struct Policy {
 pub struct Snapshotter {
     meta: Arc<MetaStore>,
     driver: Arc<dyn Driver>,
-    content: Option<ContentStore>,
+    remote: Remote,
+    hits: Option<Hits>,
+    applier: Applier,
     policy: Policy,
     stock: Stock,
     reconciler: Reconciler,
@@ -82,15 +105,27 @@ impl Snapshotter {
     pub fn new(
         meta: Arc<MetaStore>,
         driver: Arc<dyn Driver>,
-        content: Option<ContentStore>,
+        applier: Applier,
+        remote: Remote,
         policy: Policy,
     ) -> Snapshotter {
+        let hits =
+            remote.layers.clone().zip(remote.content.clone()).map(|(layers, content)| {
+                Hits::new(Arc::clone(&meta), layers, content, policy.lookup_deadline)
+            });
         Snapshotter {
             stock: Stock::new(Arc::clone(&meta), Arc::clone(&driver)),
-            reconciler: Reconciler::new(Arc::clone(&meta), Arc::clone(&driver)),
+            reconciler: Reconciler::new(
+                Arc::clone(&meta),
+                Arc::clone(&driver),
+                remote.layers.clone(),
+                policy.room,
+            ),
             meta,
             driver,
-            content,
+            remote,
+            hits,
+            applier,
             policy,
             committed: Notify::new(),
             layer_locks: KeyedLocks::default(),
@@ -100,15 +135,31 @@ impl Snapshotter {
 
     /// Brings records and storage together. To be awaited before the first call.
     pub async fn start(&self) -> Result<(), SnapshotError> {
-        self.reconciler.start().await.map(|_| ())
+        self.reconciler.start().await?;
+        match &self.remote.layers {
+            Some(layers) => layers.start().await,
+            None => Ok(()),
+        }
     }
 
-    /// The background work, until `stop`: storage made ahead, freed storage, usage of what was committed.
+    /// The background work, until `stop`: storage made ahead, freed storage, usage of what was committed, layers on their way.
     pub async fn run(&self, stop: CancellationToken) {
+        let layers = async {
+            if let Some(layers) = &self.remote.layers {
+                layers.run(stop.clone()).await;
+            }
+        };
+        let publish = async {
+            if let Some(publisher) = &self.remote.publisher {
+                publisher.run(stop.clone()).await;
+            }
+        };
         tokio::join!(
             self.stock.fill(stop.clone()),
             self.reconciler.run(stop.clone()),
-            self.measure_committed(stop)
+            self.measure_committed(stop.clone()),
+            layers,
+            publish
         );
     }
 
@@ -139,12 +190,16 @@ impl Snapshotter {
         self.create(key, parent, Kind::View, labels).await
     }
 
-    /// What to mount for an active snapshot or a view.
-    pub fn mounts(&self, key: &Key) -> Result<Vec<Mount>, SnapshotError> {
-        let Some((record, ancestors)) = self.meta.get_with_ancestors(key) else {
+    /// What to mount for an active snapshot or a view. The layer images below it are complete and attached when this answers.
+    pub async fn mounts(&self, key: &Key) -> Result<Vec<Mount>, SnapshotError> {
+        let Some((record, stack)) = self.meta.get_with_stack(key) else {
             return Err(SnapshotError::NotFound { key: key.clone() });
         };
-        self.mounts_of(&record, &ancestors)
+        let mounts = self.mounts_of(&record, &stack)?;
+        if let (Some(layers), false) = (&self.remote.layers, stack.layers.is_empty()) {
+            layers.ready(&stack.layers).await?;
+        }
+        Ok(mounts)
     }
 
     /// Makes an active snapshot a committed one.
@@ -156,10 +211,74 @@ impl Snapshotter {
         labels: Labels,
     ) -> Result<(), SnapshotError> {
         check_labels(&labels)?;
+        let active = self.meta.get(&key);
+        let own = match active.as_ref().filter(|record| record.layer.is_some()) {
+            Some(record) => self.own_of(record.id).await?,
+            None => Own::Used,
+        };
+        let below = parent.clone().or_else(|| active.and_then(|record| record.info.parent.clone()));
+        let publish = self.to_publish(&name, &key, below.as_ref(), &labels);
+        let queued = publish.is_some();
         // First, as the caller may go away while the record is written; the measuring waits a while anyway.
         self.committed.notify_one();
-        self.meta.commit(NewCommit { name, key, parent, labels, now: Timestamp::now() }).await?;
+        let commit = NewCommit { name, key, parent, labels, own, publish, now: Timestamp::now() };
+        self.meta.commit(commit).await?;
+        if let (Some(publisher), true) = (&self.remote.publisher, queued) {
+            publisher.wake();
+        }
         Ok(())
+    }
+
+    /// Makes a layer the content of the active snapshot that has the given mounts.
+    pub async fn apply(&self, request: ApplyRequest) -> Result<Applied, SnapshotError> {
+        self.applier.apply(request).await
+    }
+
+    /// Whether these are mounts of ours, without any I/O.
+    pub fn is_ours(&self, mounts: &[Mount]) -> bool {
+        self.applier.is_ours(mounts)
+    }
+
+    /// containerd's collector is about to wait for calls that wait for the store: they are not to take long any more.
+    pub fn hurry(&self) {
+        if let Some(hits) = &self.hits {
+            hits.hurry();
+        }
+    }
+
+    /// Whether anything was written into the directory of a snapshot that has a layer image.
+    async fn own_of(&self, id: Id) -> Result<Own, SnapshotError> {
+        let driver = Arc::clone(&self.driver);
+        let unused = blocking(move || driver.is_unused(id)).await?;
+        Ok(if unused { Own::Unused } else { Own::Used })
+    }
+
+    /// What Commit queues: a layer that was unpacked for an image, under the chain ID it has now.
+    fn to_publish(
+        &self,
+        name: &Key,
+        key: &Key,
+        below: Option<&Key>,
+        labels: &Labels,
+    ) -> Option<PublishEntry> {
+        self.remote.publisher.as_ref()?;
+        remote::client_key(key.as_str()).strip_prefix(remote::EXTRACT)?;
+        let chain = remote::chain_of(labels, name)?;
+        let below = match below {
+            None => None,
+            // A layer on something that is no layer cannot be named by a chain ID.
+            Some(key) => Some(remote::chain_of(&self.meta.get(key)?.info.labels, key)?),
+        };
+        Some(PublishEntry {
+            chain,
+            below,
+            namespace: key.as_str().split('/').next().unwrap_or_default().to_owned(),
+            layer: None,
+            added: Timestamp::now(),
+            attempts: 0,
+            dropped: None,
+            message: String::new(),
+        })
     }
 
     /// Takes a snapshot out of the records. Its storage is freed later.
@@ -198,9 +317,9 @@ impl Snapshotter {
         match (record.info.kind, record.usage) {
             (Kind::View, _) => Ok(Usage { bytes: 0, inodes: 0 }),
             (_, Some(usage)) => Ok(usage),
-            (Kind::Active, None) => self.measure(record.id).await,
+            (Kind::Active, None) => self.measure(&record).await,
             (Kind::Committed, None) => {
-                let usage = self.measure(record.id).await?;
+                let usage = self.measure(&record).await?;
                 self.meta.measured(vec![(record.id, usage)]).await?;
                 Ok(usage)
             }
@@ -263,8 +382,11 @@ impl Snapshotter {
             Err(error) => Err(error),
         };
         match made {
-            Ok(record) => match self.meta.get_with_ancestors(&record.info.name) {
-                Some((record, ancestors)) => self.mounts_of(&record, &ancestors),
+            Ok(record) => match self.meta.get_with_stack(&record.info.name) {
+                Some((record, stack)) => {
+                    self.attach_early(&record, &stack).await;
+                    self.mounts_of(&record, &stack)
+                }
                 // Removed by somebody else between its record and this line.
                 None => Err(SnapshotError::NotFound { key: record.info.name.clone() }),
             },
@@ -275,16 +397,34 @@ impl Snapshotter {
         }
     }
 
+    /// For a client that mounts what Prepare answers without asking Mounts. What is not complete cannot be attached, and nothing
+    /// is awaited here: the answer's lowerdirs do not exist then, and a mount of them fails.
+    async fn attach_early(&self, record: &Record, stack: &Stack) {
+        let Some(layers) = self.remote.layers.as_ref().filter(|_| !stack.layers.is_empty()) else { return };
+        let attached = match layers.are_complete(&stack.layers) {
+            true => layers.ready(&stack.layers).await,
+            // Another differ reads the attributes of directories from what lies below.
+            false if record.info.labels.contains_key(remote::LABEL_REF) => {
+                let ready = layers.ready(&stack.layers);
+                tokio::time::timeout(self.policy.lookup_deadline, ready).await.unwrap_or(Ok(()))
+            }
+            false => Ok(()),
+        };
+        if let Err(error) = attached {
+            tracing::warn!(key = %record.info.name, %error, "the layers below a new snapshot are not attached yet");
+        }
+    }
+
     async fn make_storage(
         &self,
         id: Id,
         parent: Option<&Key>,
         root: Option<Owner>,
     ) -> Result<(), SnapshotError> {
-        let parent = match parent {
-            None => None,
+        let (parent, root) = match parent {
+            None => (None, root),
             Some(key) => match self.meta.get(key) {
-                Some(record) => Some(record.id),
+                Some(record) => self.root_of(&record, root),
                 None => return Err(SnapshotError::ParentNotFound { parent: key.clone() }),
             },
         };
@@ -292,7 +432,21 @@ impl Snapshotter {
         blocking(move || driver.create(id, parent, root)).await
     }
 
-    fn mounts_of(&self, record: &Record, ancestors: &[Id]) -> Result<Vec<Mount>, SnapshotError> {
+    /// What the root directory on top of `parent` takes its owner from: the directory of the parent, or what is recorded of its
+    /// layer image, which need not be attached.
+    fn root_of(&self, parent: &Record, root: Option<Owner>) -> (Option<Id>, Option<Owner>) {
+        let image =
+            parent.layer.filter(|_| parent.own == Own::Unused).and_then(|serial| self.meta.layer(serial));
+        match image {
+            None => (Some(parent.id), root),
+            Some(layer) => {
+                let owner = Owner { uid: layer.facts.root_uid, gid: layer.facts.root_gid };
+                (None, root.or(Some(owner)))
+            }
+        }
+    }
+
+    fn mounts_of(&self, record: &Record, stack: &Stack) -> Result<Vec<Mount>, SnapshotError> {
         let info = &record.info;
         let access = match info.kind {
             Kind::Active => Access::ReadWrite,
@@ -306,164 +460,10 @@ impl Snapshotter {
         };
         Ok(self.driver.mounts(&MountRequest {
             id: record.id,
-            parents: ancestors,
+            parents: &stack.below,
             access,
             mapping: mapping.as_ref(),
             purpose,
         }))
-    }
-
-    /// The committed snapshot that holds the requested layer on this parent, made now if the source has the layer. Every
-    /// failure is a miss: the layer is then pulled as with any snapshotter.
-    async fn find_layer(&self, request: &LayerRequest, parent: Option<&Key>, labels: &Labels) -> Option<Key> {
-        match self.try_find_layer(request, parent, labels).await {
-            Ok(found) => found,
-            Err(error) => {
-                tracing::warn!(chain = %request.chain, %error, "remote layer not usable; it is pulled instead");
-                None
-            }
-        }
-    }
-
-    async fn try_find_layer(
-        &self,
-        request: &LayerRequest,
-        parent: Option<&Key>,
-        labels: &Labels,
-    ) -> Result<Option<Key>, LayerError> {
-        let chain = request.chain.to_string();
-        // One at a time for a layer on a parent: the others find what the first one made.
-        let lock = self.layer_locks.of((chain.clone(), parent.cloned()));
-        let _held = lock.lock().await;
-        let there = self.meta.answering(&chain, parent);
-        if let (Some(record), Sharing::Node) = (&there, self.policy.sharing) {
-            return Ok(Some(record.info.name.clone()));
-        }
-        let Some(content) = &self.content else { return Ok(None) };
-        let Some(layer) = content.lookup(&request.chain).await? else { return Ok(None) };
-        if let Some(record) = there {
-            return Ok(Some(record.info.name.clone()));
-        }
-        self.adopt_layer(&request.chain, layer, parent, labels).await.map(Some)
-    }
-
-    async fn adopt_layer(
-        &self,
-        chain: &ChainId,
-        layer: Layer,
-        parent: Option<&Key>,
-        labels: &Labels,
-    ) -> Result<Key, LayerError> {
-        let id = self.stock.take().await?;
-        let adopted = match self.fill_layer(id, layer, parent).await {
-            Ok(()) => {
-                let key = Key::new(&remote::committed_name(id.serial, chain))?;
-                let (parent, labels) = (parent.cloned(), labels.clone());
-                let new =
-                    NewSnapshot { id, key, parent, kind: Kind::Committed, labels, now: Timestamp::now() };
-                self.meta.adopt(new, chain.to_string()).await
-            }
-            Err(error) => Err(error),
-        };
-        match adopted {
-            Ok(Adopted::Created(record)) => {
-                self.committed.notify_one();
-                Ok(record.info.name.clone())
-            }
-            Ok(Adopted::AlreadyThere(record)) => {
-                self.stock.discard(id).await;
-                Ok(record.info.name.clone())
-            }
-            Err(error) => {
-                self.stock.discard(id).await;
-                Err(error.into())
-            }
-        }
-    }
-
-    async fn fill_layer(&self, id: Id, layer: Layer, parent: Option<&Key>) -> Result<(), SnapshotError> {
-        self.make_storage(id, parent, None).await?;
-        let driver = Arc::clone(&self.driver);
-        blocking(move || driver.fill(id, &mut |dir| layer.write_to(dir))).await
-    }
-
-    /// Measures committed snapshots off every caller's path: some time after a commit, so that the layers of a pull are measured
-    /// together, recorded in one transaction, and what is gone by then not at all. One that cannot be measured (its storage is
-    /// damaged) is passed over until something else is committed.
-    async fn measure_committed(&self, stop: CancellationToken) {
-        let mut skip = HashSet::new();
-        loop {
-            let mut measured = Vec::new();
-            while let Some(record) = self.meta.unmeasured(&skip) {
-                skip.insert(record.id);
-                let usage = tokio::select! {
-                    () = stop.cancelled() => return,
-                    usage = self.measure(record.id) => usage,
-                };
-                match usage {
-                    Ok(usage) => measured.push((record.id, usage)),
-                    Err(_) if self.meta.get(&record.info.name).is_none() => {}
-                    Err(error) => {
-                        tracing::warn!(key = %record.info.name, %error, "cannot measure a committed snapshot");
-                    }
-                }
-            }
-            if !measured.is_empty()
-                && let Err(error) = self.meta.measured(measured).await
-            {
-                tracing::warn!(%error, "cannot record what snapshots take; it is measured again when asked for");
-            }
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = self.committed.notified() => {}
-            }
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(MEASURE_DELAY) => {}
-            }
-            skip.clear();
-        }
-    }
-
-    async fn measure(&self, id: Id) -> Result<Usage, SnapshotError> {
-        let _turn = self.walks.acquire().await.map_err(|_| SnapshotError::ShuttingDown)?;
-        let cancel = CancellationToken::new();
-        // Dropped with the caller's future: a walk nobody waits for ends.
-        let _end = cancel.clone().drop_guard();
-        let driver = Arc::clone(&self.driver);
-        let measure = blocking(move || driver.usage(id, &|| cancel.is_cancelled())).await?;
-        Ok(Usage { bytes: measure.bytes, inodes: measure.inodes })
-    }
-}
-
-/// Why a remote layer could not be used. Never reaches containerd.
-#[derive(Debug, thiserror::Error)]
-enum LayerError {
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    #[error(transparent)]
-    Content(#[from] ContentError),
-}
-
-/// One lock for each key that somebody holds or waits for.
-#[derive(Debug)]
-struct KeyedLocks<K>(Mutex<HashMap<K, Weak<tokio::sync::Mutex<()>>>>);
-
-impl<K> Default for KeyedLocks<K> {
-    fn default() -> KeyedLocks<K> {
-        KeyedLocks(Mutex::default())
-    }
-}
-
-impl<K: Eq + Hash> KeyedLocks<K> {
-    fn of(&self, key: K) -> Arc<tokio::sync::Mutex<()>> {
-        let mut locks = self.0.lock();
-        locks.retain(|_, lock| lock.strong_count() > 0);
-        if let Some(lock) = locks.get(&key).and_then(Weak::upgrade) {
-            return lock;
-        }
-        let lock = Arc::new(tokio::sync::Mutex::new(()));
-        locks.insert(key, Arc::downgrade(&lock));
-        lock
     }
 }

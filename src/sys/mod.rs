@@ -5,10 +5,15 @@
 
 #![allow(unsafe_code, reason = "raw system calls live here; each block states why it is sound")]
 
+pub mod beneath;
+pub mod extent;
 pub mod idmap;
 pub mod limits;
 pub mod lock;
+pub mod look;
+pub mod loopdev;
 pub mod mount;
+pub mod mountinfo;
 pub mod reserve;
 pub mod socket;
 pub mod space;

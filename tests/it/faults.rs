@@ -11,7 +11,7 @@ use speedy::driver::overlay::{Overlay, OverlayOptions};
 use speedy::driver::{Cancelled, Driver, DriverError, Id, Measure, Mount, MountRequest, Owner};
 use speedy::snapshot::filter::Filter;
 use speedy::snapshot::remote::LABEL_REF;
-use speedy::snapshot::snapshotter::{Policy, Sharing, UpperdirLabel};
+use speedy::snapshot::snapshotter::{Policy, Sharing};
 use speedy::snapshot::{Kind, Prepared, SnapshotError};
 
 use crate::support::{POLICY, Running, key, labels, no_labels, runtime};
@@ -180,8 +180,7 @@ fn a_hit_holds_the_layer_and_many_at_once_make_one() {
 fn sharing_between_namespaces_is_a_switch() {
     for (sharing, shared) in [(Sharing::Isolated, false), (Sharing::Node, true)] {
         let dir = tempfile::tempdir().unwrap();
-        let policy =
-            Policy { sharing, upperdir_label: UpperdirLabel::Hidden, cleanup_limit: Duration::from_secs(1) };
+        let policy = Policy { sharing, cleanup_limit: Duration::from_secs(1), ..crate::support::POLICY };
         runtime().block_on(async {
             let running = Running::start(dir.path(), Arc::new(Memory::default()), policy, "").await;
             let of_chain = || labels(&[(LABEL_REF, CHAIN)]);

@@ -2,13 +2,25 @@
 //!
 //! `suite` holds what every implementation of a trait must do; the other modules are named after what they put to the test.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails may panic anywhere")]
+#![allow(clippy::unwrap_used, clippy::type_complexity, reason = "a test that fails may panic anywhere")]
 
 mod architecture;
+mod check;
+mod chunks;
 mod cli;
+mod content;
 mod drivers;
 mod faults;
+mod fuzz;
+mod image;
+mod layer_records;
+#[path = "../layers/mod.rs"]
+mod layers;
+#[path = "../maker/mod.rs"]
+mod maker;
 mod metadata;
 mod model;
+mod objects;
+mod s3;
 mod suite;
 mod support;

@@ -6,7 +6,9 @@ use speedy::driver::memory::Memory;
 use speedy::driver::overlay::{Overlay, OverlayOptions};
 use speedy::driver::{Driver, Id};
 use speedy::snapshot::filter::Filter;
-use speedy::snapshot::metastore::{self, Adopted, MetaError, MetaStore, NewCommit, NewSnapshot};
+use speedy::snapshot::metastore::{
+    self, Adopted, LayerChoice, MetaError, MetaStore, NewCommit, NewSnapshot, Own,
+};
 use speedy::snapshot::remote::LABEL_REF;
 use speedy::snapshot::{Key, Kind, LabelUpdate, Labels, SnapshotError, Timestamp};
 
@@ -32,7 +34,15 @@ async fn create(meta: &MetaStore, name: &str, parent: Option<&str>, kind: Kind) 
 }
 
 async fn commit(meta: &MetaStore, name: &str, active: &str, labels: Labels) -> Result<Id, SnapshotError> {
-    let commit = NewCommit { name: key(name), key: key(active), parent: None, labels, now: Timestamp::now() };
+    let commit = NewCommit {
+        name: key(name),
+        key: key(active),
+        parent: None,
+        labels,
+        own: Own::Used,
+        publish: None,
+        now: Timestamp::now(),
+    };
     meta.commit(commit).await.map(|record| record.id)
 }
 
@@ -156,7 +166,7 @@ fn m5_one_snapshot_answers_for_a_ref_on_a_parent() {
             labels: of_chain.clone(),
             now: Timestamp::now(),
         };
-        meta.adopt(new, CHAIN.into()).await.unwrap()
+        meta.adopt(new, CHAIN.into(), LayerChoice::Own).await.unwrap()
     };
     runtime().block_on(async {
         assert!(matches!(adopt("one", None).await, Adopted::Created(_)));
@@ -276,7 +286,7 @@ fn another_version_is_refused_and_not_touched() {
     }
     content[60..64].copy_from_slice(&99_u32.to_be_bytes());
     let error = refused(&dir, &content);
-    assert!(matches!(error, MetaError::Version { found: 99, known: 1, .. }), "{error}");
+    assert!(matches!(error, MetaError::Version { found: 99, known: 2, .. }), "{error}");
 }
 
 #[test]
@@ -380,7 +390,7 @@ fn an_update_cannot_make_a_snapshot_unmountable() {
         let junk = labels(&[("containerd.io/snapshot/uidmapping", "junk")]);
         let refused = running.snapshotter.update(key("k"), LabelUpdate::Replace(junk)).await;
         assert!(matches!(refused, Err(SnapshotError::Mapping(_))), "{refused:?}");
-        running.snapshotter.mounts(&key("k")).unwrap();
+        running.snapshotter.mounts(&key("k")).await.unwrap();
         running.stop().await;
     });
 }

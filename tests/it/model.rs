@@ -204,7 +204,7 @@ async fn apply(snapshotter: &Snapshotter, op: &Op) -> Outcome {
             Ok(info) => Outcome::Is(info.kind, info.parent.map(|p| p.as_str().to_owned()), info.labels),
             Err(error) => outcome::<()>(Err(error)),
         },
-        Op::Mounts { key } => outcome(snapshotter.mounts(&at(key))),
+        Op::Mounts { key } => outcome(snapshotter.mounts(&at(key)).await),
         Op::Usage { key } => outcome(snapshotter.usage(&at(key)).await),
         Op::Cleanup => {
             snapshotter.cleanup().await;

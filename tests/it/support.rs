@@ -4,10 +4,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use speedy::content::ContentStore;
+use speedy::content::memory::MemorySource;
 use speedy::driver::Driver;
+use speedy::image::Limits;
+use speedy::snapshot::apply::Applier;
 use speedy::snapshot::metastore::MetaStore;
-use speedy::snapshot::snapshotter::{Policy, Sharing, Snapshotter, UpperdirLabel};
+use speedy::snapshot::reconcile::Room;
+use speedy::snapshot::snapshotter::{Policy, Remote, Sharing, Snapshotter, UpperdirLabel};
 use speedy::snapshot::{Key, Labels};
 use tokio_util::sync::CancellationToken;
 
@@ -15,6 +18,8 @@ pub(crate) const POLICY: Policy = Policy {
     sharing: Sharing::Isolated,
     upperdir_label: UpperdirLabel::Hidden,
     cleanup_limit: Duration::from_secs(20),
+    lookup_deadline: Duration::from_secs(5),
+    room: Room { budget: 0, floor: 0 },
 };
 
 pub(crate) fn key(text: &str) -> Key {
@@ -44,8 +49,10 @@ pub(crate) struct Running {
 impl Running {
     pub(crate) async fn start(root: &Path, driver: Arc<dyn Driver>, policy: Policy, store: &str) -> Running {
         let meta = Arc::new(MetaStore::open(root, "test").unwrap());
-        let content = ContentStore::open(store).unwrap();
-        let snapshotter = Arc::new(Snapshotter::new(Arc::clone(&meta), driver, content, policy));
+        let source = MemorySource::open(store).unwrap();
+        let applier = Applier::new(Arc::clone(&meta), Arc::clone(&driver), None, Limits::default(), root);
+        let remote = Remote { source, ..Remote::default() };
+        let snapshotter = Arc::new(Snapshotter::new(Arc::clone(&meta), driver, applier, remote, policy));
         snapshotter.start().await.unwrap();
         let stop = CancellationToken::new();
         let (worker, token) = (Arc::clone(&snapshotter), stop.clone());

@@ -178,6 +178,10 @@ pub(crate) fn require_equal(place: &Place, context: &str) {
     let driver = Overlay::open(&place.root(), OverlayOptions::default()).unwrap();
     let inventory = driver.inventory().unwrap();
     let recorded = metastore::read_recorded(&place.root()).unwrap().unwrap();
+    let inventory = reconcile::Inventory {
+        directories: inventory.into_iter().collect(),
+        images: speedy::layer::images_below(&place.root()).unwrap().into_iter().collect(),
+    };
     let plan = reconcile::plan(&recorded, &inventory);
     assert!(plan.is_empty(), "{context}: {plan:?}");
     assert!(recorded.removing.is_empty(), "{context}: {:?} not freed", recorded.removing);

@@ -5,7 +5,14 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic anywhere and say what it did")]
 
+mod attach;
 mod crash;
+mod extract;
+mod image;
+#[path = "../layers/mod.rs"]
+mod layers;
+#[path = "../maker/mod.rs"]
+mod maker;
 mod mounts;
 mod process;
 mod serve;

@@ -15,8 +15,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::client::{Answer, AskError, Plugin};
-use super::mountinfo::{self, MountEntry, Propagation};
 use super::{Area, Expected, Finding, NAME};
+use crate::sys::mountinfo::{self, MountEntry, Propagation};
 
 /// The type of plugin we are.
 const SNAPSHOTTER: &str = "io.containerd.snapshotter.v1";

@@ -14,12 +14,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::mountinfo::{self, MountEntry};
 use super::{Area, Finding};
 use crate::config::Config;
 use crate::driver::probe;
 use crate::sys::idmap::IdMapped;
 use crate::sys::mount::TrialMount;
+use crate::sys::mountinfo::{self, MountEntry};
 use crate::sys::space::{self, Space};
 use crate::sys::tree;
 

@@ -2,8 +2,7 @@
 //!
 //! Where: the verb of the command line calls [`run`] with the effective configuration and what it found out about the
 //! store; the [`Report`] renders itself for people and for programs. The rooms: `host` looks at kernel, storage and
-//! process, `client` asks containerd, `containerd` judges its answers, `settings` reads its configuration files,
-//! `mountinfo` reads the mount table.
+//! process, `client` asks containerd, `containerd` judges its answers, `settings` reads its configuration files.
 //!
 //! Words: a *probe* gathers facts, a *finding* is one judgement on them: a mark, a sentence, and where something is to
 //! be done, the *fix*: lines to add or a command to run. *Skipped* means that nothing could be found out, and says why.
@@ -27,7 +26,6 @@ use crate::config::{Config, LayerSharing};
 pub mod client;
 pub mod containerd;
 pub mod host;
-pub mod mountinfo;
 pub mod settings;
 pub mod store;
 

@@ -24,6 +24,7 @@ use super::containerd::{self, Entry};
 use super::{Area, Expected, Finding, NAME};
 use crate::config::toml_to_json;
 
+mod differ;
 mod pull;
 
 /// Where containerd looks when it is told nothing.
@@ -297,6 +298,7 @@ fn judge(settings: &Settings, running: Option<&Answer>, expected: &Expected<'_>)
     let mut findings = vec![files(settings)];
     findings.extend(section(settings, running, expected));
     findings.extend(pull::judge(settings, running));
+    findings.extend(differ::judge(settings, expected.address));
     findings
 }
 

@@ -9,9 +9,10 @@ use serde_json::json;
 use super::{Area, Finding, StoreReport};
 use crate::driver::overlay::{Overlay, OverlayOptions};
 use crate::driver::{Driver, Id};
+use crate::layer;
 use crate::snapshot::SnapshotError;
 use crate::snapshot::metastore::{self, Recorded};
-use crate::snapshot::reconcile::{self, Plan};
+use crate::snapshot::reconcile::{self, Inventory, Plan};
 
 const TITLE: &str = "records and storage";
 /// A daemon may free something between the two looks; what is wrong stays wrong.
@@ -50,7 +51,10 @@ fn compare(root: &Path) -> Result<Option<Found>, SnapshotError> {
             return Ok(None);
         }
         let driver = Overlay::at(root, OverlayOptions::default());
-        let inventory = driver.inventory()?;
+        let inventory = Inventory {
+            directories: driver.inventory()?.into_iter().collect(),
+            images: layer::images_below(root)?.into_iter().collect(),
+        };
         let Some(recorded) = metastore::read_recorded(root)? else { return Ok(None) };
         let plan = reconcile::plan(&recorded, &inventory);
         let mut kept = recorded.pending.clone();
@@ -83,6 +87,36 @@ fn describe(Found { recorded, plan, kept }: &Found) -> StoreReport {
             ),
         );
     }
+    if !plan.missing_layers.is_empty() {
+        let detail = format!("{} layer images are recorded and not there", plan.missing_layers.len());
+        findings.push(Finding::failure(Area::Store, "missing layer images", detail).fix(
+            "remove the images that use them and pull again; `speedy explain IMAGE` tells which they are",
+        ));
+    }
+    findings.extend(strangers(plan, kept));
+    let serials =
+        |missing: &[(u64, crate::snapshot::Key)]| -> Vec<u64> { missing.iter().map(|(s, _)| *s).collect() };
+    StoreReport {
+        findings,
+        detail: json!({
+            "present": true,
+            "consistent": plan.is_empty(),
+            "snapshots": recorded.ready.len(),
+            "pending": recorded.pending.len(),
+            "removing": recorded.removing.len(),
+            "layers": recorded.layers.len(),
+            "missing": serials(&plan.missing),
+            "missing_layers": plan.missing_layers,
+            "kept": kept,
+            "unknown": plan.unknown,
+            "beyond": plan.beyond,
+        }),
+    }
+}
+
+/// What is on storage and in no record.
+fn strangers(plan: &Plan, kept: &[u64]) -> Vec<Finding> {
+    let mut findings = Vec::new();
     if !plan.unknown.is_empty() {
         let detail = format!("{} directories that no record names", plan.unknown.len());
         findings.push(
@@ -111,22 +145,7 @@ fn describe(Found { recorded, plan, kept }: &Found) -> StoreReport {
             ),
         );
     }
-    let serials =
-        |missing: &[(u64, crate::snapshot::Key)]| -> Vec<u64> { missing.iter().map(|(s, _)| *s).collect() };
-    StoreReport {
-        findings,
-        detail: json!({
-            "present": true,
-            "consistent": plan.is_empty(),
-            "snapshots": recorded.ready.len(),
-            "pending": recorded.pending.len(),
-            "removing": recorded.removing.len(),
-            "missing": serials(&plan.missing),
-            "kept": kept,
-            "unknown": plan.unknown,
-            "beyond": plan.beyond,
-        }),
-    }
+    findings
 }
 
 #[cfg(test)]

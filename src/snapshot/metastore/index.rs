@@ -5,7 +5,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
+use super::layers::{LayerRecord, Origin, PublishEntry};
 use crate::driver::Id;
+use crate::image::Facts;
+use crate::oci::ChainId;
 use crate::snapshot::{Info, Key, Kind, Usage};
 
 /// One snapshot as recorded.
@@ -19,6 +22,29 @@ pub struct Record {
     pub answers_for: Option<String>,
     /// What it takes; known for committed snapshots once measured.
     pub usage: Option<Usage>,
+    /// The layer image that is its content, below its own directory.
+    pub layer: Option<u64>,
+    /// Whether its own directory is part of its content.
+    pub own: Own,
+}
+
+/// Whether a snapshot's own directory is part of its content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Own {
+    /// It is: files were written there, or may be.
+    Used,
+    /// It is not: the layer image is everything.
+    Unused,
+}
+
+/// What lies below a snapshot.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Stack {
+    /// What to mount, uppermost first: directories of snapshots and layer images, each once. A layer image that occurs several
+    /// times is only there where it is uppermost: overlayfs refuses it twice, and what it would add below is hidden by itself.
+    pub below: Vec<Id>,
+    /// Those of them that are layer images.
+    pub layers: Vec<Id>,
 }
 
 /// How many there are of each.
@@ -51,6 +77,14 @@ pub(super) enum Change {
     Discarded(Id),
     /// The storage is freed; the Id is gone.
     Gone(Id),
+    /// This is the record of a layer image now.
+    Layer(Arc<LayerRecord>),
+    /// No such layer image any more; its storage is to be freed.
+    LayerGone(Id),
+    /// This is the entry of its chain in the publish queue now.
+    Queued(PublishEntry),
+    /// The chain is not to be published any more.
+    Unqueued(ChainId),
 }
 
 /// See the module's page.
@@ -62,6 +96,8 @@ pub(super) struct Index {
     pending: BTreeSet<Id>,
     removing: BTreeSet<Id>,
     slots: BTreeSet<u32>,
+    layers: BTreeMap<u64, Arc<LayerRecord>>,
+    queue: BTreeMap<ChainId, PublishEntry>,
 }
 
 impl Index {
@@ -73,15 +109,79 @@ impl Index {
         self.snapshots.values().cloned().collect()
     }
 
-    /// The Ids below `record`, its parent first.
-    pub(super) fn ancestors(&self, record: &Record) -> Vec<Id> {
-        let mut ids = Vec::new();
-        let mut at = record.info.parent.as_ref();
-        while let Some(parent) = at.and_then(|key| self.snapshots.get(key)) {
-            ids.push(parent.id);
-            at = parent.info.parent.as_ref();
+    /// What lies below `record`, its own layer image included.
+    pub(super) fn stack(&self, record: &Record) -> Stack {
+        let mut stack = Stack::default();
+        let mut seen = HashSet::new();
+        self.push_layer(&mut stack, &mut seen, record);
+        let parent = record.info.parent.as_ref().and_then(|key| self.snapshots.get(key));
+        self.push_chain(&mut stack, &mut seen, parent);
+        stack
+    }
+
+    /// What lies below a child of `record`.
+    pub(super) fn stack_with(&self, record: &Arc<Record>) -> Stack {
+        let (mut stack, mut seen) = (Stack::default(), HashSet::new());
+        self.push_chain(&mut stack, &mut seen, Some(record));
+        stack
+    }
+
+    fn push_chain(&self, stack: &mut Stack, seen: &mut HashSet<u64>, from: Option<&Arc<Record>>) {
+        let mut at = from;
+        while let Some(record) = at {
+            if record.own == Own::Used {
+                stack.below.push(record.id);
+            }
+            self.push_layer(stack, seen, record);
+            at = record.info.parent.as_ref().and_then(|key| self.snapshots.get(key));
         }
-        ids
+    }
+
+    fn push_layer(&self, stack: &mut Stack, seen: &mut HashSet<u64>, record: &Record) {
+        if let Some(layer) = record.layer.and_then(|serial| self.layers.get(&serial))
+            && seen.insert(layer.id.serial)
+        {
+            stack.below.push(layer.id);
+            stack.layers.push(layer.id);
+        }
+    }
+
+    pub(super) fn layer(&self, serial: u64) -> Option<&Arc<LayerRecord>> {
+        self.layers.get(&serial)
+    }
+
+    pub(super) fn layers(&self) -> Vec<Arc<LayerRecord>> {
+        self.layers.values().cloned().collect()
+    }
+
+    pub(super) fn layer_of(&self, facts: &Facts, origin: Origin) -> Option<&Arc<LayerRecord>> {
+        self.layers.values().find(|layer| {
+            let same = layer.facts.diff_id == facts.diff_id && layer.facts.attributes == facts.attributes;
+            same && layer.origin == origin
+        })
+    }
+
+    pub(super) fn claims(&self) -> HashMap<u64, usize> {
+        let mut claims = HashMap::new();
+        for serial in self.snapshots.values().filter_map(|record| record.layer) {
+            *claims.entry(serial).or_default() += 1;
+        }
+        claims
+    }
+
+    pub(super) fn layers_in_use(&self) -> HashSet<u64> {
+        let mounted = self.snapshots.values().filter(|record| record.info.kind != Kind::Committed);
+        mounted.flat_map(|record| self.stack(record).layers).map(|id| id.serial).collect()
+    }
+
+    pub(super) fn by_serial(&self, serial: u64) -> Option<Arc<Record>> {
+        self.snapshots.values().find(|record| record.id.serial == serial).cloned()
+    }
+
+    pub(super) fn publish_queue(&self) -> Vec<PublishEntry> {
+        let mut queue: Vec<PublishEntry> = self.queue.values().cloned().collect();
+        queue.sort_by_key(|entry| entry.added);
+        queue
     }
 
     pub(super) fn answering(&self, chain: &str, parent: Option<&Key>) -> Option<&Arc<Record>> {
@@ -143,6 +243,22 @@ impl Index {
                 self.slots.remove(&id.slot);
                 self.pending.remove(&id);
                 self.removing.remove(&id);
+            }
+            Change::Layer(layer) => {
+                self.slots.insert(layer.id.slot);
+                self.pending.remove(&layer.id);
+                self.layers.insert(layer.id.serial, layer);
+            }
+            Change::LayerGone(id) => {
+                self.layers.remove(&id.serial);
+                self.queue.retain(|_, entry| entry.layer != Some(id.serial));
+                self.removing.insert(id);
+            }
+            Change::Queued(entry) => {
+                self.queue.insert(entry.chain.clone(), entry);
+            }
+            Change::Unqueued(chain) => {
+                self.queue.remove(&chain);
             }
         }
     }

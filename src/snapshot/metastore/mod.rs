@@ -30,10 +30,13 @@ use crate::driver::Id;
 use crate::sys::reserve::Reserve;
 
 mod index;
+mod layer_tables;
+mod layers;
 mod tables;
 
 use index::{Change, Index, Slots};
-pub use index::{Counts, Record};
+pub use index::{Counts, Own, Record, Stack};
+pub use layers::{LayerChoice, LayerRecord, NewLayer, Origin, Progress, PublishEntry};
 
 /// The directory below the root that holds room for freeing room.
 pub const RESERVE: &str = "reserve";
@@ -148,6 +151,10 @@ pub struct NewCommit {
     pub parent: Option<Key>,
     /// The labels from now on; those of the active are not inherited.
     pub labels: Labels,
+    /// Whether the directory of an active snapshot with a layer image holds anything.
+    pub own: Own,
+    /// Queued with the commit: the layer is to be published.
+    pub publish: Option<PublishEntry>,
     /// When.
     pub now: Timestamp,
 }
@@ -309,11 +316,17 @@ impl MetaStore {
         self.index.read().get(key).cloned()
     }
 
-    /// The snapshot with the Ids of all below it, parent first: one consistent view.
-    pub fn get_with_ancestors(&self, key: &Key) -> Option<(Arc<Record>, Vec<Id>)> {
+    /// The snapshot with all that lies below it: one consistent view.
+    pub fn get_with_stack(&self, key: &Key) -> Option<(Arc<Record>, Stack)> {
         let index = self.index.read();
         let record = index.get(key)?;
-        Some((Arc::clone(record), index.ancestors(record)))
+        Some((Arc::clone(record), index.stack(record)))
+    }
+
+    /// What is mounted below a child of this committed snapshot.
+    pub fn stack_with(&self, key: &Key) -> Option<Stack> {
+        let index = self.index.read();
+        Some(index.stack_with(index.get(key)?))
     }
 
     /// All snapshots, by key (M6).
@@ -357,8 +370,13 @@ impl MetaStore {
     }
 
     /// Records the committed snapshot that answers for `chain` on its parent, unless there is one.
-    pub async fn adopt(&self, new: NewSnapshot, chain: String) -> Result<Adopted, SnapshotError> {
-        self.submit(Room::Takes, move |db, _| tables::adopt(db, &new, &chain)).await
+    pub async fn adopt(
+        &self,
+        new: NewSnapshot,
+        chain: String,
+        layer: LayerChoice,
+    ) -> Result<Adopted, SnapshotError> {
+        self.submit(Room::Takes, move |db, _| tables::adopt(db, &new, &chain, &layer)).await
     }
 
     /// Records a commit.
@@ -512,6 +530,8 @@ pub struct Recorded {
     pub pending: Vec<u64>,
     /// Serials whose storage is to be freed.
     pub removing: Vec<u64>,
+    /// Serials of layer images.
+    pub layers: Vec<(u64, Progress)>,
     /// The largest serial ever given.
     pub last_serial: u64,
 }
@@ -523,6 +543,7 @@ impl Recorded {
             ready: index.all().iter().map(|r| (r.id.serial, r.info.name.clone())).collect(),
             pending: serials(index.pending()),
             removing: serials(index.removing()),
+            layers: index.layers().iter().map(|layer| (layer.id.serial, layer.progress)).collect(),
             last_serial,
         }
     }

@@ -5,21 +5,22 @@ use std::sync::Arc;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::index::{Change, Record};
-use super::{Adopted, Done, MetaError, NewCommit, NewSnapshot, OpError};
+use super::index::{Change, Own, Record};
+use super::layers::{LayerChoice, PublishEntry};
+use super::{Adopted, Done, MetaError, NewCommit, NewSnapshot, OpError, layer_tables};
 use crate::driver::Id;
 use crate::snapshot::remote::LABEL_REF;
 use crate::snapshot::{
-    Info, Key, Kind, LabelUpdate, Labels, SnapshotError, Timestamp, Usage, check_labels, mapping,
+    Info, Key, Kind, LabelUpdate, Labels, SnapshotError, Timestamp, Usage, check_labels, mapping, schema,
 };
 
-const PENDING: i64 = 0;
-const READY: i64 = 1;
-const REMOVING: i64 = 2;
+pub(super) const PENDING: i64 = 0;
+pub(super) const READY: i64 = 1;
+pub(super) const REMOVING: i64 = 2;
 
 const RECORD: &str =
-    "SELECT s.serial, t.slot, s.key, p.key, s.kind, s.created, s.updated, s.labels, s.ref, s.bytes, s.inodes
-    FROM snapshot s JOIN storage t ON t.serial = s.serial LEFT JOIN snapshot p ON p.serial = s.parent";
+    "SELECT s.serial, t.slot, s.key, p.key, s.kind, s.created, s.updated, s.labels, s.ref, s.bytes, s.inodes,
+    s.layer, s.own FROM snapshot s JOIN storage t ON t.serial = s.serial LEFT JOIN snapshot p ON p.serial = s.parent";
 
 /// Everything that is recorded, as changes to an empty index.
 pub(super) fn load(db: &Connection) -> Result<Vec<Change>, MetaError> {
@@ -31,7 +32,13 @@ pub(super) fn load(db: &Connection) -> Result<Vec<Change>, MetaError> {
         let pending = row.get::<_, i64>(2)? == PENDING;
         changes.push(if pending { Change::Pending(id) } else { Change::Discarded(id) });
     }
-    let mut snapshots = db.prepare(RECORD)?;
+    // A file of version 1, read beside a daemon of that time, has neither layers nor the columns for them.
+    let old = schema::version(db)? < 2;
+    if !old {
+        changes.extend(layer_tables::load(db)?);
+    }
+    let record = if old { RECORD.replace("s.layer, s.own", "NULL, 1") } else { RECORD.to_owned() };
+    let mut snapshots = db.prepare(&record)?;
     let mut rows = snapshots.query([])?;
     while let Some(row) = rows.next()? {
         changes.push(Change::Put(Arc::new(record_of(row)?), None));
@@ -76,11 +83,16 @@ pub(super) fn create(db: &Connection, new: &NewSnapshot) -> Result<Done<Arc<Reco
     if find(db, &new.key)?.is_some() {
         return Err(SnapshotError::AlreadyExists { key: new.key.clone() }.into());
     }
-    insert(db, new, parent, None)
+    insert(db, new, parent, None, &LayerChoice::Own)
 }
 
 /// Pending → Ready: the Id becomes the committed snapshot that answers for `chain` on its parent, unless one does already.
-pub(super) fn adopt(db: &Connection, new: &NewSnapshot, chain: &str) -> Result<Done<Adopted>, OpError> {
+pub(super) fn adopt(
+    db: &Connection,
+    new: &NewSnapshot,
+    chain: &str,
+    layer: &LayerChoice,
+) -> Result<Done<Adopted>, OpError> {
     let parent = find_parent(db, new.parent.as_ref())?;
     if let Some(holder) = answering(db, chain, parent)? {
         return Ok(Done { answer: Adopted::AlreadyThere(Arc::new(holder)), changes: Vec::new() });
@@ -88,7 +100,7 @@ pub(super) fn adopt(db: &Connection, new: &NewSnapshot, chain: &str) -> Result<D
     if find(db, &new.key)?.is_some() {
         return Err(SnapshotError::AlreadyExists { key: new.key.clone() }.into());
     }
-    let done = insert(db, new, parent, Some(chain))?;
+    let done = insert(db, new, parent, Some(chain), layer)?;
     Ok(Done { answer: Adopted::Created(done.answer), changes: done.changes })
 }
 
@@ -97,15 +109,18 @@ fn insert(
     new: &NewSnapshot,
     parent: Option<i64>,
     chain: Option<&str>,
+    choice: &LayerChoice,
 ) -> Result<Done<Arc<Record>>, OpError> {
+    let layer = layer_tables::claim(db, choice, new.now)?;
+    let own = if layer.is_some() { Own::Unused } else { Own::Used };
     let serial = signed(new.id.serial);
     let ready = "UPDATE storage SET state = ?2 WHERE serial = ?1 AND state = ?3";
     if db.prepare_cached(ready)?.execute(params![serial, READY, PENDING])? != 1 {
         return Err(MetaError::NotPending { serial: new.id.serial }.into());
     }
     db.prepare_cached(
-        "INSERT INTO snapshot (serial, key, parent, kind, created, updated, labels, ref)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?5, ?6, ?7)",
+        "INSERT INTO snapshot (serial, key, parent, kind, created, updated, labels, ref, layer, own)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?5, ?6, ?7, ?8, ?9)",
     )?
     .execute(params![
         serial,
@@ -114,7 +129,9 @@ fn insert(
         kind_number(new.kind),
         new.now.0,
         labels_text(&new.labels)?,
-        chain
+        chain,
+        layer.as_ref().map(|layer| signed(layer.id.serial)),
+        own == Own::Used
     ])?;
     let record = Arc::new(Record {
         id: new.id,
@@ -128,8 +145,12 @@ fn insert(
         },
         answers_for: chain.map(str::to_owned),
         usage: None,
+        layer: layer.as_ref().map(|layer| layer.id.serial),
+        own,
     });
-    Ok(Done { answer: Arc::clone(&record), changes: vec![Change::Put(record, None)] })
+    let mut changes: Vec<Change> = layer.map(|layer| Change::Layer(Arc::new(layer))).into_iter().collect();
+    changes.push(Change::Put(Arc::clone(&record), None));
+    Ok(Done { answer: record, changes })
 }
 
 /// Active → committed. The order of the checks is containerd's.
@@ -162,8 +183,10 @@ pub(super) fn commit(db: &Connection, commit: &NewCommit) -> Result<Done<Arc<Rec
         Some(chain) if answering(db, chain, parent_serial)?.is_none() => Some(chain.clone()),
         _ => None,
     };
+    // Without a layer image the directory is all there is.
+    let own = if active.layer.is_some() { commit.own } else { Own::Used };
     db.prepare_cached(
-        "UPDATE snapshot SET key = ?2, parent = ?3, kind = 3, created = ?4, updated = ?4, labels = ?5, ref = ?6
+        "UPDATE snapshot SET key = ?2, parent = ?3, kind = 3, created = ?4, updated = ?4, labels = ?5, ref = ?6, own = ?7
          WHERE serial = ?1",
     )?
     .execute(params![
@@ -172,7 +195,8 @@ pub(super) fn commit(db: &Connection, commit: &NewCommit) -> Result<Done<Arc<Rec
         parent_serial,
         commit.now.0,
         labels_text(&commit.labels)?,
-        chain
+        chain,
+        own == Own::Used
     ])?;
     let record = Arc::new(Record {
         id: active.id,
@@ -186,8 +210,15 @@ pub(super) fn commit(db: &Connection, commit: &NewCommit) -> Result<Done<Arc<Rec
         },
         answers_for: chain,
         usage: None,
+        layer: active.layer,
+        own,
     });
-    Ok(Done { answer: Arc::clone(&record), changes: vec![Change::Put(record, Some(key.clone()))] })
+    let mut changes = vec![Change::Put(Arc::clone(&record), Some(key.clone()))];
+    if let Some(entry) = &commit.publish {
+        let entry = PublishEntry { layer: active.layer, ..entry.clone() };
+        changes.extend(layer_tables::enqueue(db, &entry)?.changes);
+    }
+    Ok(Done { answer: record, changes })
 }
 
 /// Ready → Removing.
@@ -280,7 +311,8 @@ pub(super) fn forget(db: &Connection, ids: &[Id]) -> Result<Done<()>, OpError> {
     Ok(Done { answer: (), changes })
 }
 
-fn find(db: &Connection, key: &Key) -> Result<Option<Record>, OpError> {
+/// The snapshot of this key or name.
+pub(super) fn find(db: &Connection, key: &Key) -> Result<Option<Record>, OpError> {
     Ok(db
         .prepare_cached(&format!("{RECORD} WHERE s.key = ?1"))?
         .query_row([key.as_str()], record_of)
@@ -336,10 +368,16 @@ fn record_of(row: &Row<'_>) -> rusqlite::Result<Record> {
         usage: bytes
             .zip(inodes)
             .map(|(bytes, inodes)| Usage { bytes: unsigned(bytes), inodes: unsigned(inodes) }),
+        layer: row.get::<_, Option<i64>>(11)?.map(unsigned),
+        own: if row.get(12)? { Own::Used } else { Own::Unused },
     })
 }
 
-fn damaged(column: usize, error: impl std::error::Error + Send + Sync + 'static) -> rusqlite::Error {
+/// Why a column cannot be read.
+pub(super) fn damaged(
+    column: usize,
+    error: impl std::error::Error + Send + Sync + 'static,
+) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(error))
 }
 
@@ -357,10 +395,10 @@ fn kind_number(kind: Kind) -> i64 {
 }
 
 /// SQLite's integers are signed; serials and sizes stay far below 2^63.
-fn signed(number: u64) -> i64 {
+pub(super) fn signed(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
-fn unsigned(number: i64) -> u64 {
+pub(super) fn unsigned(number: i64) -> u64 {
     u64::try_from(number).unwrap_or(0)
 }

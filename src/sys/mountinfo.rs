@@ -1,15 +1,16 @@
 //! The mount table of a process, as `/proc/<pid>/mountinfo` shows it.
 //!
-//! Where: `host` looks up the file system below the root, `containerd` compares our table with containerd's. Pure:
-//! text in, values out.
+//! Where: `speedy check` looks up the file system below the root and compares our table with containerd's; `layer` looks
+//! for what is attached. Pure but for [`of_this_process`]: text in, values out.
 //!
 //! Words: mounts of one *peer group* see each other's mounts; a *slave* of a group sees the group's.
 //!
 //! Invariants: lines that cannot be read are left out; later mounts hide earlier ones at the same point.
 //!
-//! When it fails: it does not; an unreadable table is an empty one.
+//! When it fails: [`parse`] does not.
 
 use std::ffi::OsString;
+use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
@@ -41,6 +42,13 @@ impl MountEntry {
     pub fn is_read_only(&self) -> bool {
         self.options.iter().chain(&self.super_options).any(|option| option == "ro")
     }
+}
+
+/// The mounts that this process sees.
+pub fn of_this_process() -> io::Result<Vec<MountEntry>> {
+    // Names are arbitrary bytes; only those of others' mounts are changed by reading them as text.
+    let bytes = std::fs::read("/proc/self/mountinfo")?;
+    Ok(parse(&String::from_utf8_lossy(&bytes)))
 }
 
 /// The mounts of a table.

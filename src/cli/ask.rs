@@ -1,0 +1,275 @@
+//! `speedy status`, `layers` and `explain`: what a running daemon says.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use serde::de::DeserializeOwned;
+
+use super::print;
+use crate::config::Effective;
+use crate::containerd;
+use crate::containerd::Containerd;
+use crate::containerd::manifest::Platform;
+use crate::proto::containerd::services::containers::v1::GetContainerRequest;
+use crate::proto::containerd::services::containers::v1::containers_client::ContainersClient;
+use crate::proto::speedy::v1::control_client::ControlClient;
+use crate::proto::speedy::v1::{ExplainRequest, LayersRequest, Report, StatusRequest};
+use crate::snapshot::report::{LayerExplained, LayerReport, StatusReport};
+
+/// What to print.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    Human,
+    Json,
+}
+
+/// `speedy status`.
+pub(super) fn status(effective: &Effective, form: Form) -> anyhow::Result<ExitCode> {
+    runtime()?.block_on(async {
+        let mut daemon = daemon(&effective.config.address).await?;
+        let report = daemon.status(StatusRequest {}).await;
+        answer(report?.into_inner(), form, |status: &StatusReport| status_text(status))
+    })
+}
+
+/// `speedy layers`.
+pub(super) fn layers(effective: &Effective, form: Form) -> anyhow::Result<ExitCode> {
+    runtime()?.block_on(async {
+        let mut daemon = daemon(&effective.config.address).await?;
+        let report = daemon.layers(LayersRequest {}).await;
+        answer(report?.into_inner(), form, |layers: &Vec<LayerReport>| layers_text(layers))
+    })
+}
+
+/// `speedy explain`.
+pub(super) fn explain(
+    effective: &Effective,
+    namespace: &str,
+    what: &str,
+    form: Form,
+) -> anyhow::Result<ExitCode> {
+    runtime()?.block_on(async {
+        let mut daemon = daemon(&effective.config.address).await?;
+        let request = resolve(&effective.config.containerd, namespace, what).await?;
+        let report = daemon.explain(request).await;
+        let report = report.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+        answer(report.into_inner(), form, |layers: &Vec<LayerExplained>| explain_text(what, layers))
+    })
+}
+
+/// What a running daemon says of itself, if one answers.
+pub(super) async fn running(address: &Path) -> Option<StatusReport> {
+    let report = daemon(address).await.ok()?.status(StatusRequest {}).await.ok()?;
+    serde_json::from_slice(&report.into_inner().json).ok()
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
+async fn daemon(address: &Path) -> anyhow::Result<ControlClient<tonic::transport::Channel>> {
+    let channel = containerd::connect(address).await.with_context(|| {
+        format!(
+            "no daemon answers on {}; is `speedy serve` running? (--address names another socket)",
+            address.display()
+        )
+    })?;
+    Ok(ControlClient::new(channel).max_decoding_message_size(64 << 20))
+}
+
+fn answer<T: DeserializeOwned>(
+    report: Report,
+    form: Form,
+    text: impl FnOnce(&T) -> String,
+) -> anyhow::Result<ExitCode> {
+    match form {
+        Form::Json => {
+            let value: serde_json::Value = serde_json::from_slice(&report.json)?;
+            print(&format!("{value:#}\n"))?;
+        }
+        Form::Human => {
+            let read = serde_json::from_slice(&report.json);
+            print(&text(&read.context("the daemon is of another version; use --json")?))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// An image's layers, or else a container's snapshot.
+async fn resolve(socket: &Path, namespace: &str, what: &str) -> anyhow::Result<ExplainRequest> {
+    let containerd = Containerd::open(socket, namespace).await?;
+    if let Some(image) = containerd.find_image(what).await? {
+        let layers = containerd.image_layers(&image, &Platform::host()).await?;
+        let chains = layers.iter().map(|layer| layer.chain.to_string()).collect();
+        return Ok(ExplainRequest { chains, ..ExplainRequest::default() });
+    }
+    let mut client = ContainersClient::new(containerd::connect(socket).await?);
+    let request = containerd.request(GetContainerRequest { id: what.to_owned() });
+    match client.get(request).await {
+        Ok(found) => {
+            let container = found.into_inner().container.unwrap_or_default();
+            let (namespace, key) = (namespace.to_owned(), container.snapshot_key);
+            Ok(ExplainRequest { namespace, key, ..ExplainRequest::default() })
+        }
+        Err(status) if status.code() == tonic::Code::NotFound => {
+            bail!(
+                "containerd has no image and no container {what:?} in namespace {namespace:?} (-n names another)"
+            )
+        }
+        Err(status) => Err(status.into()),
+    }
+}
+
+fn status_text(status: &StatusReport) -> String {
+    let mut out = String::new();
+    let mut line = |name: &str, value: String| {
+        writeln!(out, "{name:<14}{value}").expect("writing to a string does not fail");
+    };
+    line("version", status.version.clone());
+    line("root", format!("{} ({} free)", status.root, bytes(status.free_bytes)));
+    let snapshots = &status.snapshots;
+    line(
+        "snapshots",
+        format!(
+            "{} committed, {} active, {} views, {} to be freed",
+            snapshots.committed, snapshots.active, snapshots.views, snapshots.removing
+        ),
+    );
+    line("layer images", status.layer_images.clone());
+    let layers = &status.layers;
+    line(
+        "layers",
+        format!(
+            "{}, {} on disk; {} being fetched, {} unused, {} attached",
+            layers.count,
+            bytes(layers.bytes),
+            layers.filling,
+            layers.unclaimed,
+            layers.attached
+        ),
+    );
+    match &status.store {
+        None => line("store", "none".into()),
+        Some(store) => {
+            line("store", format!("{} ({})", store.url, store.state));
+            line("trust", trust_text(&store.trust, &store.keys));
+        }
+    }
+    let publish = &status.publish;
+    line(
+        "publish",
+        format!(
+            "{}; {} pending, {} given up; {} layers published since the start, {} of {} uploaded",
+            publish.policy,
+            publish.pending,
+            publish.dropped,
+            publish.layers,
+            bytes(publish.uploaded),
+            bytes(publish.bytes)
+        ),
+    );
+    for problem in &publish.problems {
+        let what = if problem.retried { "is tried again" } else { "was given up" };
+        line("", format!("{} {what}: {}", problem.chain, problem.message));
+    }
+    out
+}
+
+fn trust_text(mode: &str, keys: &[String]) -> String {
+    match mode {
+        "any" => "ANY: layers of everybody who can write to the store are mounted here".into(),
+        _ => format!("keys: {}", keys.join(", ")),
+    }
+}
+
+fn layers_text(layers: &[LayerReport]) -> String {
+    let mut out = format!(
+        "{:>8}  {:<19}  {:<8}  {:<9}  {:>9}  {:>9}  {:>9}  {:>5}  {:<8}  {}\n",
+        "SERIAL", "DIFF ID", "ORIGIN", "STATE", "SIZE", "FETCHED", "SHARED", "USED", "ATTACHED", "PUBLISHED"
+    );
+    for layer in layers {
+        let state = match layer.state.as_str() {
+            "filling" => format!("{} %", layer.percent),
+            state => state.to_owned(),
+        };
+        writeln!(
+            out,
+            "{:>8}  {:<19}  {:<8}  {:<9}  {:>9}  {:>9}  {:>9}  {:>5}  {:<8}  {}",
+            layer.serial,
+            short(&layer.diff_id),
+            layer.origin,
+            state,
+            bytes(layer.bytes),
+            bytes(layer.fetched),
+            bytes(layer.shared),
+            layer.snapshots,
+            yes(layer.attached),
+            yes(layer.published)
+        )
+        .expect("writing to a string does not fail");
+    }
+    out
+}
+
+fn explain_text(what: &str, layers: &[LayerExplained]) -> String {
+    let mut out = format!("{what}: {} layers, the lowest first\n", layers.len());
+    for (n, layer) in layers.iter().enumerate() {
+        let chain = layer.chain.as_deref().map_or_else(|| "(no layer of an image)".to_owned(), short);
+        let mut text = format!("{:>3}  {chain}  ", n + 1);
+        match (&layer.image, layer.kind.as_str()) {
+            (Some(image), kind) => {
+                let from = match image.origin.as_str() {
+                    "fetched" => format!(
+                        "from the store: {} fetched, {} shared with other layers",
+                        bytes(image.fetched),
+                        bytes(image.shared)
+                    ),
+                    _ => "made here from the pulled blob".to_owned(),
+                };
+                write!(text, "{kind} {}, {}, {} %; {from}", image.serial, bytes(image.bytes), image.percent)
+                    .expect("writing to a string does not fail");
+                if let Some(problem) = &image.problem {
+                    write!(text, "; {problem}").expect("writing to a string does not fail");
+                }
+            }
+            (None, "files") => text.push_str("files, unpacked into a directory"),
+            (None, _) => text.push_str("not on this node"),
+        }
+        if let Some(remote) = &layer.remote {
+            write!(text, "\n     store: {remote}").expect("writing to a string does not fail");
+        }
+        if let Some(publish) = &layer.publish {
+            write!(text, "\n     publishing: {publish}").expect("writing to a string does not fail");
+        }
+        out.push_str(&text);
+        out.push('\n');
+    }
+    out
+}
+
+/// The first digits of a digest, enough to tell one from another.
+fn short(digest: &str) -> String {
+    digest.chars().take("sha256:".len() + 12).collect()
+}
+
+fn yes(flag: bool) -> &'static str {
+    if flag { "yes" } else { "no" }
+}
+
+/// A size for people.
+fn bytes(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_trust_is_said_loudly() {
+        assert!(trust_text("any", &[]).starts_with("ANY"));
+        assert_eq!(trust_text("keys", &["a".into(), "b".into()]), "keys: a, b");
+    }
+}

@@ -1,0 +1,178 @@
+//! What a publish shows while it runs and when it is done.
+//!
+//! On a terminal a bar, else a line for each layer, both on standard error; the result on standard output.
+
+use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use super::source::Image;
+use crate::containerd::manifest::Layer;
+use crate::content::publish::{Progress, Published};
+
+/// What became of a layer.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    Published(Published),
+    /// Somebody who is believed has published it before.
+    Present {
+        publisher: String,
+    },
+}
+
+/// The progress of one publish.
+#[derive(Debug)]
+pub(super) struct Meter {
+    bar: Option<ProgressBar>,
+    lines: bool,
+    /// Bytes of each layer's blob, and how far it is built and published. A blob's bytes count half for each of the two.
+    layers: Vec<(u64, [AtomicU64; 2])>,
+    uploaded: AtomicU64,
+    start: Instant,
+}
+
+impl Meter {
+    pub(super) fn new(image: &Image, json: bool) -> Meter {
+        let layers =
+            image.layers.iter().map(|layer| (layer.blob.size, Default::default())).collect::<Vec<_>>();
+        let total = layers.iter().map(|(size, _)| size / 2 * 2).sum();
+        let terminal = std::io::stderr().is_terminal();
+        let bar = (terminal && !json).then(|| {
+            let bar = ProgressBar::new(total);
+            let style = ProgressStyle::with_template("{bar:32} {percent:>3} %  {msg}  ETA {eta}");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.enable_steady_tick(std::time::Duration::from_millis(200));
+            bar
+        });
+        Meter { bar, lines: !terminal && !json, layers, uploaded: AtomicU64::new(0), start: Instant::now() }
+    }
+
+    /// So many bytes of a layer's blob have been made into its image.
+    pub(super) fn built(&self, position: usize, bytes: u64) {
+        self.set(position, 0, bytes / 2);
+    }
+
+    /// So much of its image is in the store; `before` is what had been uploaded of it when it was last told.
+    pub(super) fn published(&self, position: usize, progress: Progress, before: &AtomicU64) {
+        let uploaded = progress.uploaded.saturating_sub(before.swap(progress.uploaded, Ordering::Relaxed));
+        self.uploaded.fetch_add(uploaded, Ordering::Relaxed);
+        let half = u128::from(self.layers[position].0 / 2);
+        let part = half * u128::from(progress.done) / u128::from(progress.total.max(1));
+        self.set(position, 1, u64::try_from(part).unwrap_or(0));
+    }
+
+    /// A layer is done.
+    pub(super) fn done(&self, position: usize, layer: &Layer, outcome: &Outcome) -> anyhow::Result<()> {
+        let half = self.layers[position].0 / 2;
+        self.set(position, 0, half);
+        self.set(position, 1, half);
+        if self.lines {
+            let of = self.layers.len();
+            writeln!(
+                std::io::stderr(),
+                "layer {}/{of} {}: {}",
+                position + 1,
+                layer.chain,
+                sentence(outcome)
+            )?;
+        }
+        Ok(())
+    }
+
+    /// The bar goes away.
+    pub(super) fn end(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn set(&self, position: usize, phase: usize, bytes: u64) {
+        self.layers[position].1[phase].store(bytes, Ordering::Relaxed);
+        let Some(bar) = &self.bar else { return };
+        bar.set_position(
+            self.layers.iter().flat_map(|(_, parts)| parts).map(|p| p.load(Ordering::Relaxed)).sum(),
+        );
+        let uploaded = self.uploaded.load(Ordering::Relaxed);
+        let milliseconds = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
+        let rate = uploaded.saturating_mul(1000) / milliseconds;
+        let complete = |(size, parts): &&(u64, [AtomicU64; 2])| parts[1].load(Ordering::Relaxed) >= size / 2;
+        let layer = self.layers.iter().filter(complete).count();
+        bar.set_message(format!(
+            "{layer}/{} layers, {} uploaded, {}/s",
+            self.layers.len(),
+            HumanBytes(uploaded),
+            HumanBytes(rate)
+        ));
+    }
+}
+
+fn sentence(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::Present { publisher } => format!("there already, published by {publisher}"),
+        Outcome::Published(published) => format!(
+            "published, {} of {} chunks new, {} uploaded",
+            published.new_chunks,
+            published.chunks,
+            HumanBytes(published.stored_bytes)
+        ),
+    }
+}
+
+/// The result for people.
+pub(super) fn human(image: &Image, outcomes: &[Outcome], start: Instant) -> String {
+    let published = outcomes.iter().filter_map(|outcome| match outcome {
+        Outcome::Published(published) => Some(published),
+        Outcome::Present { .. } => None,
+    });
+    let (count, chunks, bytes) = published.fold((0, 0, 0), |(count, chunks, bytes), published| {
+        (count + 1, chunks + published.new_chunks, bytes + published.stored_bytes)
+    });
+    let there = match outcomes.len() - count {
+        0 => String::new(),
+        there => format!(", {there} there already"),
+    };
+    format!(
+        "published {} ({}): {} layers{there}, {chunks} new chunks, {} uploaded in {:.1} s",
+        image.reference,
+        image.platform,
+        outcomes.len(),
+        HumanBytes(bytes),
+        start.elapsed().as_secs_f64()
+    )
+}
+
+/// The result for programs.
+pub(super) fn to_json(image: &Image, outcomes: &[Outcome], start: Instant) -> Value {
+    let layers: Vec<Value> =
+        image.layers.iter().zip(outcomes).map(|(layer, outcome)| layer_json(layer, outcome)).collect();
+    json!({
+        "image": image.reference,
+        "platform": image.platform.to_string(),
+        "manifest": image.manifest.to_string(),
+        "seconds": start.elapsed().as_secs_f64(),
+        "layers": layers,
+    })
+}
+
+fn layer_json(layer: &Layer, outcome: &Outcome) -> Value {
+    let mut value = json!({ "chain_id": layer.chain.to_string(), "diff_id": layer.diff_id.to_string() });
+    let more = match outcome {
+        Outcome::Present { publisher } => json!({ "outcome": "present", "publisher": publisher }),
+        Outcome::Published(published) => json!({
+            "outcome": "published",
+            "index": published.index.to_string(),
+            "chunks": published.chunks,
+            "new_chunks": published.new_chunks,
+            "bytes": published.bytes,
+            "new_bytes": published.new_bytes,
+            "uploaded_bytes": published.stored_bytes,
+        }),
+    };
+    if let (Value::Object(value), Value::Object(more)) = (&mut value, more) {
+        value.extend(more);
+    }
+    value
+}

@@ -1,0 +1,272 @@
+//! Publishing a layer image: cut, upload what the store lacks, then the index, then the refs.
+//!
+//! **What.** [`ContentStore::publish`] reads the image once. A thread of its own reads, cuts and hashes (`cut`); for each
+//! chunk the store is asked whether it has it, and only what it lacks is compressed and uploaded, many at once.
+//!
+//! **Invariants.**
+//! * **C2** All chunks are durable before the index is written, and the index before the first ref.
+//! * **C3** A chunk that is reused is made young, if it is not.
+//! * At most [`super::Options::in_flight`] plain bytes are in memory at once, and their stored forms.
+//!
+//! **When it fails.** Dropped or killed at any point it leaves chunks that no ref names, which is harmless: repeated, it finds
+//! them there and goes on behind them. Two publishers of one layer write the same chunks and the same index, and each its own
+//! ref.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::{JoinError, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use super::cut::{self, Piece};
+use super::index::{IndexDigest, LayerIndex};
+use super::{ContentError, ContentStore, reference};
+use crate::chunk::store::ChunkSink;
+use crate::chunk::{ChunkError, ChunkId, ChunkRef, MAX_CHUNK};
+use crate::image::{BLOCK, Facts, Layout};
+use crate::object::{Objects, layout};
+use crate::oci::ChainId;
+
+/// How many chunks wait between the reader and the uploads.
+const QUEUE: usize = 8;
+
+/// What to publish.
+#[derive(Debug, Clone, Copy)]
+pub struct PublishRequest<'a> {
+    /// The layer image.
+    pub image: &'a File,
+    /// What is known of it since it was built.
+    pub facts: &'a Facts,
+    /// The chains that this layer makes: for each one a ref is written.
+    pub chains: &'a [ChainId],
+}
+
+/// How far a publish is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// Bytes of the image that are in the store.
+    pub done: u64,
+    /// Bytes of the image, without its reserved parts.
+    pub total: u64,
+    /// Bytes uploaded, in stored form.
+    pub uploaded: u64,
+}
+
+/// What was published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Published {
+    /// The digest of the layer's index.
+    pub index: IndexDigest,
+    /// How many chunks the image has; one that it holds several times counts each time.
+    pub chunks: u64,
+    /// How many of them the store lacked.
+    pub new_chunks: u64,
+    /// Plain bytes of the chunks.
+    pub bytes: u64,
+    /// Plain bytes of those that the store lacked.
+    pub new_bytes: u64,
+    /// What they take in the store.
+    pub stored_bytes: u64,
+}
+
+/// The chunks in the order of the image.
+struct Table {
+    chunks: Vec<(u64, ChunkRef)>,
+    seen: HashSet<ChunkId>,
+    end: u64,
+}
+
+impl Table {
+    fn new(layout: &Layout) -> Table {
+        // The head is no hole to count: only its first block is read.
+        Table { chunks: Vec::new(), seen: HashSet::new(), end: layout.data.start }
+    }
+
+    /// Whether it is the first with this id, and how long the hole before it is.
+    fn add(&mut self, piece: &Piece) -> (bool, u64) {
+        self.chunks.push((piece.offset, piece.chunk));
+        let hole = piece.offset.saturating_sub(self.end);
+        self.end = self.end.max(piece.offset + u64::from(piece.chunk.length));
+        (self.seen.insert(piece.chunk.id), hole)
+    }
+}
+
+/// What was done so far.
+struct Tally {
+    progress: Progress,
+    published: Published,
+}
+
+impl Tally {
+    fn new(total: u64) -> Tally {
+        let published = Published {
+            index: IndexDigest::from_bytes([0; 32]),
+            chunks: 0,
+            new_chunks: 0,
+            bytes: 0,
+            new_bytes: 0,
+            stored_bytes: 0,
+        };
+        Tally { progress: Progress { total, ..Progress::default() }, published }
+    }
+
+    fn add(&mut self, kept: &Kept) -> Progress {
+        let Kept { plain, hole, stored } = *kept;
+        let (published, progress) = (&mut self.published, &mut self.progress);
+        published.chunks += 1;
+        published.bytes += plain;
+        if let Some(stored) = stored {
+            published.new_chunks += 1;
+            published.new_bytes += plain;
+            published.stored_bytes += stored;
+            progress.uploaded += stored;
+        }
+        progress.done = (progress.done + hole + plain).min(progress.total);
+        *progress
+    }
+}
+
+/// What became of one chunk.
+struct Kept {
+    /// Its length.
+    plain: u64,
+    /// The length of the hole before it.
+    hole: u64,
+    /// What it takes in the store, if it was not there.
+    stored: Option<u64>,
+}
+
+impl Kept {
+    /// The store has it already.
+    fn again(piece: &Piece, hole: u64) -> Kept {
+        Kept { plain: u64::from(piece.chunk.length), hole, stored: None }
+    }
+}
+
+impl ContentStore {
+    /// Publishes a layer image; durable on return. `progress` is called for every chunk.
+    pub async fn publish(
+        &self,
+        request: PublishRequest<'_>,
+        progress: &(dyn Fn(Progress) + Sync),
+        cancel: &CancellationToken,
+    ) -> Result<Published, ContentError> {
+        let published = cancel.run_until_cancelled(self.publish_whole(request, progress)).await;
+        published.unwrap_or(Err(ContentError::Cancelled))
+    }
+
+    async fn publish_whole(
+        &self,
+        request: PublishRequest<'_>,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Published, ContentError> {
+        let (chunks, mut published) = self.publish_chunks(request, progress).await?;
+        let index = LayerIndex::new(request.facts, chunks)?;
+        let bytes = index.encode();
+        published.index = IndexDigest::of(&bytes);
+        // Written even if it is there: that makes it young, and whole should it be damaged.
+        self.parts.objects.put(&layout::index(published.index.as_bytes()), bytes.into()).await?;
+        for chain in request.chains {
+            self.publish_ref(chain, published.index).await?;
+        }
+        Ok(published)
+    }
+
+    /// Brings all chunks of the image into the store, and says where each is in the image.
+    async fn publish_chunks(
+        &self,
+        request: PublishRequest<'_>,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<(Vec<(u64, ChunkRef)>, Published), ContentError> {
+        let layout = &request.facts.layout;
+        let (sender, mut pieces) = mpsc::channel(QUEUE);
+        let source = cut::Source {
+            image: request.image.try_clone().map_err(ContentError::Image)?,
+            layout: layout.clone(),
+            // One chunk at least, or nothing would ever move.
+            memory: Arc::new(Semaphore::new((self.options.in_flight.max(MAX_CHUNK) / cut::PERMIT) as usize)),
+        };
+        // Ends with `pieces`: at its next chunk it finds nobody there to take it.
+        let reader = tokio::task::spawn_blocking(move || cut::read(&source, &sender));
+        let keeper = Keeper {
+            objects: self.parts.objects.clone(),
+            chunks: Arc::clone(&self.parts.chunks),
+            renew_after: self.options.renew_after,
+        };
+        // Tasks, so that compression is spread over the processors; they end with this call.
+        let mut under_way = JoinSet::new();
+        let mut table = Table::new(layout);
+        let mut tally = Tally::new(BLOCK + (layout.metadata.end - layout.data.start));
+        let mut reading = true;
+        while reading || !under_way.is_empty() {
+            tokio::select! {
+                piece = pieces.recv(), if reading && under_way.len() < self.options.uploads.max(1) => match piece {
+                    Some(piece) => {
+                        let (is_first, hole) = table.add(&piece);
+                        match is_first {
+                            true => drop(under_way.spawn(keeper.clone().keep(piece, hole))),
+                            false => progress(tally.add(&Kept::again(&piece, hole))),
+                        }
+                    }
+                    None => reading = false,
+                },
+                Some(kept) = under_way.join_next() => progress(tally.add(&kept.map_err(lost)??)),
+            }
+        }
+        // Without its word the pieces may have ended too early.
+        reader.await.map_err(lost)??;
+        progress(Progress { done: tally.progress.total, ..tally.progress });
+        Ok((table.chunks, tally.published))
+    }
+
+    async fn publish_ref(&self, chain: &ChainId, index: IndexDigest) -> Result<(), ContentError> {
+        let name = reference::name(chain, self.publisher());
+        let bytes = reference::encode(chain, index, &self.parts.key);
+        Ok(self.parts.objects.put(&name, bytes.into()).await?)
+    }
+}
+
+/// A thread or task that did not come to its end: it panicked, or the runtime is going down.
+fn lost(error: JoinError) -> ContentError {
+    ContentError::Image(std::io::Error::other(error))
+}
+
+/// What a chunk on its way needs.
+#[derive(Clone)]
+struct Keeper {
+    objects: Objects,
+    chunks: Arc<dyn ChunkSink>,
+    renew_after: Duration,
+}
+
+impl Keeper {
+    /// Sees to it that the store has this chunk and will keep it until a ref names it.
+    async fn keep(self, piece: Piece, hole: u64) -> Result<Kept, ContentError> {
+        let id = piece.chunk.id;
+        let already = Kept::again(&piece, hole);
+        if let Some(found) = self.objects.stat(&layout::chunk(id.as_bytes())).await? {
+            if age(found.modified) < self.renew_after {
+                return Ok(already);
+            }
+            match self.chunks.renew(id).await {
+                Ok(()) => return Ok(already),
+                // Collected since it was looked for, or of no use: then it is put.
+                Err(ChunkError::Missing { .. } | ChunkError::Corrupt { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        // Cloned, not moved: the permit is held until the upload is over.
+        let stored = self.chunks.put(id, piece.plain.clone()).await?;
+        Ok(Kept { stored: Some(stored), ..already })
+    }
+}
+
+/// How old an object is that was written at this time by the store's clock; a time to come is no age.
+fn age(modified: i64) -> Duration {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let modified = Duration::from_secs(u64::try_from(modified).unwrap_or(0));
+    now.saturating_sub(modified)
+}

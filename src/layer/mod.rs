@@ -1,0 +1,275 @@
+//! Layer images on this node: their files, their attach points, and how they are filled.
+//!
+//! ```text
+//! <root>/layer/<serial>.part    a layer image that is being made or fetched; sparse
+//! <root>/layer/<serial>.erofs   a complete one: written, checked, synced, then renamed to this
+//! <root>/layer/<serial>.index   its layer index, once it is known; can always be made or fetched again
+//! <root>/l/<serial>             where it is attached; its tree is the directory `fs` inside, so that an attach point without
+//!                               its mount has no `fs` and every container on it fails loudly
+//! ```
+//!
+//! **Where.** Called by `snapshot`; calls `content` for chunks and `image` for checks. Files and attaching are blocking, filling
+//! is async.
+//!
+//! **Invariants.**
+//! * A `.erofs` file is whole and durable, and is never written to again.
+//! * Only `.erofs` files are attached.
+//! * **L1** An attached layer needs neither this process nor the network.
+//!
+//! **When it fails.** What a crash leaves is a `.part` file (filled on from where it was: each chunk in it is hashed, not
+//! believed) or files of a serial that no record names, which `remove` takes away.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+pub mod attach;
+pub mod chunks;
+pub mod fill;
+mod trial;
+
+use crate::sys::space::{self, Space};
+use attach::Attacher;
+
+/// How the name of a file ends that is of use to nobody once its maker is gone.
+const TEMPORARY: &str = ".tmp";
+
+/// What can go wrong with a layer image on this node.
+#[derive(Debug, thiserror::Error)]
+pub enum LayerError {
+    /// No room.
+    #[error("no space left for layer images under {path}")]
+    Full {
+        /// Where.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The file of a layer image is not there.
+    #[error("layer image {0} is missing")]
+    Missing(PathBuf),
+    /// It cannot be attached.
+    #[error(transparent)]
+    Attach(#[from] attach::AttachError),
+    /// A chunk cannot be had.
+    #[error("layer {layer}: {source}")]
+    Chunk {
+        /// The layer's diff ID.
+        layer: String,
+        /// Which chunk, and why.
+        #[source]
+        source: crate::content::ContentError,
+    },
+    /// The system refused.
+    #[error("{path}: {source}")]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl LayerError {
+    /// Gives an I/O error its meaning.
+    pub fn at(path: &Path, source: io::Error) -> LayerError {
+        let path = path.to_owned();
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => LayerError::Full { path, source },
+            io::ErrorKind::NotFound => LayerError::Missing(path),
+            _ => LayerError::Io { path, source },
+        }
+    }
+}
+
+/// The layer images below one root. Blocking.
+#[derive(Debug)]
+pub struct LayerStore {
+    files: PathBuf,
+    attacher: Attacher,
+}
+
+impl LayerStore {
+    /// Opens the store below `root`, making its directory (0700) if needed.
+    pub fn open(root: &Path, attacher: Attacher) -> Result<LayerStore, LayerError> {
+        let store = LayerStore { files: root.join("layer"), attacher };
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&store.files)
+            .map_err(|error| LayerError::at(&store.files, error))?;
+        store.clear_temporary().map_err(|error| LayerError::at(&store.files, error))?;
+        Ok(store)
+    }
+
+    fn clear_temporary(&self) -> io::Result<()> {
+        for entry in std::fs::read_dir(&self.files)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().ends_with(TEMPORARY) {
+                std::fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a complete layer image is.
+    pub fn image(&self, serial: u64) -> PathBuf {
+        self.files.join(format!("{serial}.erofs"))
+    }
+
+    fn part(&self, serial: u64) -> PathBuf {
+        self.files.join(format!("{serial}.part"))
+    }
+
+    fn index(&self, serial: u64) -> PathBuf {
+        self.files.join(format!("{serial}.index"))
+    }
+
+    /// A new, empty file for a layer image to be made in; only root may read it.
+    pub fn create(&self, serial: u64) -> Result<File, LayerError> {
+        let path = self.part(serial);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(true).mode(0o600);
+        options.open(&path).map_err(|error| LayerError::at(&path, error))
+    }
+
+    /// The file of a layer image that is being filled, made if it is not there.
+    pub fn reopen(&self, serial: u64) -> Result<File, LayerError> {
+        let path = self.part(serial);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        options.open(&path).map_err(|error| LayerError::at(&path, error))
+    }
+
+    /// A new file for a layer image that is not kept; the caller removes it. What a crash leaves is removed at the next start.
+    pub fn temporary(&self) -> Result<(PathBuf, File), LayerError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let path = self.files.join(format!("{}{TEMPORARY}", NEXT.fetch_add(1, Ordering::Relaxed)));
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(true).mode(0o600);
+        let file = options.open(&path).map_err(|error| LayerError::at(&path, error))?;
+        Ok((path, file))
+    }
+
+    /// Makes a written layer image complete: on return it is durable under its name.
+    pub fn complete(&self, serial: u64, file: &File) -> Result<(), LayerError> {
+        let (part, image) = (self.part(serial), self.image(serial));
+        file.sync_all().map_err(|error| LayerError::at(&part, error))?;
+        std::fs::rename(&part, &image).map_err(|error| LayerError::at(&part, error))?;
+        File::open(&self.files)
+            .and_then(|dir| dir.sync_all())
+            .map_err(|error| LayerError::at(&self.files, error))
+    }
+
+    /// Whether all bytes of it are here.
+    pub fn is_complete(&self, serial: u64) -> bool {
+        self.image(serial).exists()
+    }
+
+    /// Opens a complete layer image for reading.
+    pub fn read(&self, serial: u64) -> Result<File, LayerError> {
+        let path = self.image(serial);
+        File::open(&path).map_err(|error| LayerError::at(&path, error))
+    }
+
+    /// Opens a layer image for reading whether it is complete or not.
+    pub fn read_any(&self, serial: u64) -> Result<File, LayerError> {
+        self.read(serial).or_else(|_| {
+            let part = self.part(serial);
+            File::open(&part).map_err(|error| LayerError::at(&part, error))
+        })
+    }
+
+    /// Keeps a layer index beside its image. Not synced: it can be had again.
+    pub fn write_index(&self, serial: u64, bytes: &[u8]) -> Result<(), LayerError> {
+        let path = self.index(serial);
+        std::fs::write(&path, bytes).map_err(|error| LayerError::at(&path, error))
+    }
+
+    /// The layer index kept beside an image, as it is on disk: not checked.
+    pub fn read_index(&self, serial: u64) -> Option<Vec<u8>> {
+        std::fs::read(self.index(serial)).ok()
+    }
+
+    /// Bytes that the files of a layer image take on disk.
+    pub fn allocated(&self, serial: u64) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let files = [self.image(serial), self.part(serial), self.index(serial)];
+        files.iter().filter_map(|path| std::fs::metadata(path).ok()).map(|file| file.blocks() * 512).sum()
+    }
+
+    /// How full the file system of the layer images is.
+    pub fn space(&self) -> io::Result<Space> {
+        space::space(&self.files)
+    }
+
+    /// Attaches a complete layer image; harmless when it is attached.
+    pub fn attach(&self, serial: u64) -> Result<(), LayerError> {
+        let image = self.image(serial);
+        if !image.exists() {
+            return Err(LayerError::Missing(image));
+        }
+        Ok(self.attacher.attach(&image, &self.attacher.point(serial))?)
+    }
+
+    /// Takes a layer image away from its attach point; harmless when it is not there. What is mounted on top of it keeps it.
+    pub fn detach(&self, serial: u64) -> Result<(), LayerError> {
+        Ok(self.attacher.detach(&self.attacher.point(serial))?)
+    }
+
+    /// The serials that are attached.
+    pub fn attached(&self) -> Result<Vec<u64>, LayerError> {
+        Ok(self.attacher.attached()?.into_iter().map(|attached| attached.serial).collect())
+    }
+
+    /// Detaches a layer image and removes its files; succeeds when there is nothing.
+    pub fn remove(&self, serial: u64) -> Result<(), LayerError> {
+        if self.is_complete(serial) {
+            self.detach(serial)?;
+        }
+        for path in [self.image(serial), self.part(serial), self.index(serial)] {
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(LayerError::at(&path, error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The serials that have an image, complete or not.
+    pub fn inventory(&self) -> Result<Vec<u64>, LayerError> {
+        inventory(&self.files)
+    }
+}
+
+/// The serials that have a layer image below `root`; nothing is made.
+pub fn images_below(root: &Path) -> Result<Vec<u64>, LayerError> {
+    match inventory(&root.join("layer")) {
+        Err(LayerError::Missing(_)) => Ok(Vec::new()),
+        found => found,
+    }
+}
+
+fn inventory(files: &Path) -> Result<Vec<u64>, LayerError> {
+    let entries = std::fs::read_dir(files).map_err(|error| LayerError::at(files, error))?;
+    let mut serials = std::collections::BTreeSet::new();
+    for entry in entries {
+        let name = entry.map_err(|error| LayerError::at(files, error))?.file_name();
+        let serial = name.to_str().and_then(|name| name.split_once('.')).and_then(|(n, kind)| {
+            let ours = matches!(kind, "erofs" | "part" | "index");
+            n.parse::<u64>().ok().filter(|serial| ours && serial.to_string() == n)
+        });
+        match serial {
+            Some(serial) => drop(serials.insert(serial)),
+            None if name.to_string_lossy().ends_with(TEMPORARY) => {}
+            None => tracing::warn!(entry = ?name, "unknown entry among the layer images; left alone"),
+        }
+    }
+    Ok(serials.into_iter().collect())
+}

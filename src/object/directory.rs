@@ -1,0 +1,101 @@
+//! What only a directory can do: make a file young without writing it, and clean up after a crash.
+
+use std::fs;
+use std::io;
+use std::path::Path as FilePath;
+use std::time::{Duration, SystemTime};
+
+use super::call::Lane;
+use super::description::Access;
+use super::open::{blocking, failed};
+use super::{ObjectError, Objects};
+
+/// How many directories deep objects are at most.
+const DEPTH: u32 = 8;
+
+/// What came of [`Objects::touch`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Touched {
+    /// The object is as young as a new one, durably.
+    Done,
+    /// There is no such object.
+    Missing,
+    /// This kind of store cannot do it: write the object again.
+    Unsupported,
+}
+
+impl Objects {
+    /// Makes an object as young as a new one without reading it, where the store can.
+    pub async fn touch(&self, name: &str) -> Result<Touched, ObjectError> {
+        let until = self.deadline();
+        self.ready(Access::Write, until).await?;
+        let what = format!("TOUCH {name}");
+        let path = self.path(name);
+        let call = self.call(&what, Lane::Write, self.handle.options.attempt, until);
+        let attempt = || async {
+            let Some(file) = self.handle.engine.file(&path).await? else { return Ok(Touched::Unsupported) };
+            blocking(move || touch(&file).map_err(|error| failed(&error))).await
+        };
+        self.hinted(self.handle.conduct.run(call, attempt).await)
+    }
+
+    /// Removes what writes into a directory left unfinished and nobody has touched for `older_than`; answers how many. Other
+    /// stores have nothing of the kind.
+    pub async fn tidy(&self, older_than: Duration) -> Result<u64, ObjectError> {
+        let until = self.deadline();
+        self.ready(Access::Write, until).await?;
+        let call = self.call("TIDY", Lane::Write, self.total, until);
+        let attempt = || async {
+            let Some(top) = self.handle.engine.top() else { return Ok(0) };
+            blocking(move || tidy(&top, older_than, DEPTH).map_err(|error| failed(&error))).await
+        };
+        self.hinted(self.handle.conduct.run(call, attempt).await)
+    }
+}
+
+fn touch(file: &FilePath) -> io::Result<Touched> {
+    let file = match fs::File::open(file) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Touched::Missing),
+        Err(error) => return Err(error),
+    };
+    file.set_modified(SystemTime::now())?;
+    file.sync_all()?;
+    Ok(Touched::Done)
+}
+
+fn tidy(dir: &FilePath, older_than: Duration, depth: u32) -> io::Result<u64> {
+    let mut removed = 0;
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        if kind.is_dir() && depth > 0 {
+            removed += tidy(&entry.path(), older_than, depth - 1)?;
+        } else if kind.is_file() && is_unfinished(&entry.file_name().to_string_lossy()) {
+            removed += remove_if_old(&entry, older_than)?;
+        }
+    }
+    Ok(removed)
+}
+
+/// As the crate below names them: `NAME#N`.
+fn is_unfinished(name: &str) -> bool {
+    let suffix = name.rsplit_once('#').map(|(_, suffix)| suffix);
+    suffix.is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
+}
+
+fn remove_if_old(entry: &fs::DirEntry, older_than: Duration) -> io::Result<u64> {
+    let gone_is_fine = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => Ok(0),
+        _ => Err(error),
+    };
+    let modified = match entry.metadata().and_then(|meta| meta.modified()) {
+        Ok(modified) => modified,
+        Err(error) => return gone_is_fine(error),
+    };
+    // A clock that went back makes nothing old.
+    if modified.elapsed().unwrap_or_default() < older_than {
+        return Ok(0);
+    }
+    fs::remove_file(entry.path()).map(|()| 1).or_else(gone_is_fine)
+}

@@ -1,0 +1,268 @@
+//! Objects: one handle on the configured object store.
+//!
+//! **What.** [`Objects`] reads and writes whole small objects by name, wherever the URL says they are: `file:///DIR`,
+//! `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`. [`layout`] says what they are called. All that makes a
+//! store bearable that is slow, overloaded or away is here, once, for chunks, indexes and refs alike: limited concurrency,
+//! deadlines, retries with jitter from a budget (`budget`), a second request for what is slow to come (`latency`), and a
+//! breaker that answers at once while the store does not (`breaker`).
+//!
+//! **Where.** Called by `chunk` and `content`, which are async. The only module that knows the `object_store` crate.
+//!
+//! **Words.** A *call* is what a caller asks for, within a total time; an *attempt* is one request of it. A *miss* is a clear
+//! answer that there is no such object: it is success. *Transient* is what another attempt may better.
+//!
+//! **Invariants.**
+//! * **O1** A call ends within its total time, whatever the store does.
+//! * **O2** An object is written whole or not at all, and is durable when [`Objects::put`] returns. No call depends on
+//!   conditional writes: some stores ignore the condition and report success.
+//! * **O3** A body is returned only if it has as many bytes as the store announced. Whether they are the right ones is
+//!   checked by those who know their hash.
+//! * **O4** Nothing is read from or written to a store of an unknown format.
+//! * **O5** No message holds a credential, a signature or a query.
+//!
+//! **When it fails.** Missing is not an error ([`Objects::get`] answers `None`); the other ways are told apart by
+//! [`ObjectError`]. A crash while writing into a directory leaves a file `NAME#N` beside the object: no listing shows it, and
+//! [`Objects::tidy`] removes it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use object_store::ObjectStore;
+use object_store::path::Path;
+use tokio::time::Instant;
+
+pub mod layout;
+
+mod breaker;
+mod budget;
+mod call;
+mod description;
+mod directory;
+mod failure;
+mod latency;
+mod open;
+mod request;
+mod stats;
+
+use call::{Conduct, Patience};
+use description::Access;
+use failure::Failure;
+use open::Engine;
+
+pub use directory::Touched;
+pub use open::Settings;
+pub use stats::StoreStats;
+
+/// Why an object cannot be read or written.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ObjectError {
+    /// The URL names no store that can be used.
+    #[error("store {url:?}: {problem}")]
+    Url {
+        /// As configured, without secrets.
+        url: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The store did not answer, or not as a store does, within the time there was.
+    #[error("store is not reachable: {0}")]
+    Unreachable(String),
+    /// The store refused: credentials or permissions.
+    #[error("store refuses access: {0}")]
+    Denied(String),
+    /// The store does not understand what is asked of it, and will not when asked again.
+    #[error("store rejects the request: {0}; check the store's URL, endpoint and region")]
+    Rejected(String),
+    /// The object is larger than anything of its kind can be.
+    #[error("object {path} has {size} bytes, more than the {limit} there can be")]
+    TooLarge {
+        /// Its name.
+        path: String,
+        /// Its size.
+        size: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// No room in the store.
+    #[error("store is full: {0}")]
+    Full(String),
+    /// The store was made by a version of Speedy that does things another way.
+    #[error(
+        "store has format {found}, this version of Speedy knows format {known}: update Speedy, or use another store or prefix"
+    )]
+    Format {
+        /// The store's.
+        found: u64,
+        /// Ours.
+        known: u32,
+    },
+    /// The store's `speedy.json` is not what this version writes.
+    #[error("speedy.json of the store cannot be used: {problem}")]
+    Foreign {
+        /// How it differs.
+        problem: String,
+    },
+}
+
+/// Whether a slow answer is asked for a second time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hedging {
+    /// On stores that are reached over a network.
+    Auto,
+    /// Never.
+    Off,
+}
+
+/// How a store is used.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// What a call may take in all, its wait for a free place included. [`Objects::within`] sets another.
+    pub total: Duration,
+    /// How long an attempt waits for the beginning of an answer, and how long the bytes of an answer may pause. An
+    /// upload has this time and one second more for each 64 KiB.
+    pub attempt: Duration,
+    /// How many attempts a call makes at most.
+    pub attempts: u32,
+    /// How many reads are under way at once.
+    pub reads: usize,
+    /// How many writes are under way at once.
+    pub writes: usize,
+    /// Second requests.
+    pub hedging: Hedging,
+    /// Endpoints and credentials.
+    pub settings: Settings,
+}
+
+impl Default for StoreOptions {
+    fn default() -> StoreOptions {
+        StoreOptions {
+            total: Duration::from_secs(60),
+            attempt: Duration::from_secs(10),
+            attempts: 4,
+            reads: 64,
+            writes: 16,
+            hedging: Hedging::Auto,
+            settings: Settings::default(),
+        }
+    }
+}
+
+/// One object as a listing shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectInfo {
+    /// Its name below the store's prefix.
+    pub name: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// When it was last written, seconds since 1970 UTC by the store's clock.
+    pub modified: i64,
+}
+
+/// The store. Cheap to clone; clones share connections, limits and what is known of the store's health.
+#[derive(Debug, Clone)]
+pub struct Objects {
+    handle: Arc<Handle>,
+    total: Duration,
+    patience: Patience,
+}
+
+/// What the clones share.
+#[derive(Debug)]
+struct Handle {
+    engine: Engine,
+    prefix: Path,
+    hint: Option<&'static str>,
+    options: StoreOptions,
+    conduct: Conduct,
+    known: description::Examined,
+}
+
+impl Objects {
+    /// The store that `url` names. Does not look at it: that it can be reached, and that its format is known, shows at its
+    /// first use. Must be used inside a tokio runtime.
+    pub fn open(url: &str, options: &StoreOptions) -> Result<Objects, ObjectError> {
+        let opened = open::open(url, options)?;
+        Ok(Objects::new(opened.engine, opened.prefix, opened.hint, options.clone()))
+    }
+
+    /// A store in memory, for tests.
+    pub fn memory() -> Objects {
+        Objects::over(Arc::new(object_store::memory::InMemory::new()), StoreOptions::default())
+    }
+
+    fn over(store: Arc<dyn ObjectStore>, options: StoreOptions) -> Objects {
+        Objects::new(Engine::Remote(store), Path::default(), None, options)
+    }
+
+    fn new(engine: Engine, prefix: Path, hint: Option<&'static str>, options: StoreOptions) -> Objects {
+        let (conduct, total) = (Conduct::new(&options), options.total);
+        let handle =
+            Handle { engine, prefix, hint, options, conduct, known: description::Examined::default() };
+        Objects { handle: Arc::new(handle), total, patience: Patience::None }
+    }
+
+    /// The same store for a caller who has this much time for each call, and something else to do when the store is away.
+    pub fn within(&self, total: Duration) -> Objects {
+        Objects { handle: Arc::clone(&self.handle), total, patience: Patience::None }
+    }
+
+    /// The same store for a caller who cannot do without it: a call goes on asking until its time is over, through a rest
+    /// of the store that others are not kept waiting for.
+    pub fn patient(&self, total: Duration) -> Objects {
+        Objects { handle: Arc::clone(&self.handle), total, patience: Patience::UntilDeadline }
+    }
+
+    /// What has happened on this store so far, over all clones.
+    pub fn stats(&self) -> StoreStats {
+        let conduct = &self.handle.conduct;
+        StoreStats {
+            opened: conduct.breaker.opened(),
+            resting: conduct.breaker.open_for(),
+            ..conduct.counters.snapshot()
+        }
+    }
+
+    /// The bytes of an object, or `None` if there is none; an object of more than `limit` bytes is an error.
+    pub async fn get(&self, name: &str, limit: u64) -> Result<Option<Bytes>, ObjectError> {
+        let until = self.deadline();
+        self.ready(Access::Read, until).await?;
+        self.fetch(name, limit, until).await
+    }
+
+    /// Writes an object whole, over what may be there; durable on return.
+    pub async fn put(&self, name: &str, bytes: Bytes) -> Result<(), ObjectError> {
+        let until = self.deadline();
+        self.ready(Access::Write, until).await?;
+        self.store(name, bytes, until).await
+    }
+
+    /// What is known of an object without its bytes, or `None` if there is none.
+    pub async fn stat(&self, name: &str) -> Result<Option<ObjectInfo>, ObjectError> {
+        let until = self.deadline();
+        self.ready(Access::Read, until).await?;
+        self.head(name, until).await
+    }
+
+    /// The objects whose names begin with `prefix` and a slash, at most `limit` of them, in no order.
+    pub async fn list(&self, prefix: &str, limit: usize) -> Result<Vec<ObjectInfo>, ObjectError> {
+        let until = self.deadline();
+        self.ready(Access::Read, until).await?;
+        self.enumerate(prefix, limit, until).await
+    }
+
+    /// Deletes an object; succeeds when there is none.
+    pub async fn delete(&self, name: &str) -> Result<(), ObjectError> {
+        let until = self.deadline();
+        self.ready(Access::Write, until).await?;
+        self.remove(name, until).await
+    }
+
+    /// When a call that begins now is over.
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.total
+    }
+}
+
+#[cfg(test)]
+mod tests;

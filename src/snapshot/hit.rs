@@ -1,0 +1,272 @@
+//! Remote hits: a layer that need not be pulled, because the store has it.
+//!
+//! **Where.** Called by `snapshotter` for a Prepare with a ref; calls [`crate::content`] for what the store says and `layers` for
+//! what this node has.
+//!
+//! **Invariants.** containerd holds a lock during Prepare that its collector waits for, so nothing is awaited here but the ref,
+//! the index and the metadata, within a deadline; data is fetched in the background and awaited in Mounts. A hit is answered
+//! only if every chunk is known to be on this node or in the store. Every failure is a miss: the layer is then pulled as with
+//! any snapshotter.
+//!
+//! **When it fails.** After a deadline that passed, the store is left alone for a while, so that an ordinary pull is delayed by one
+//! time-out, not by one for each layer.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::layers::Layers;
+use super::metastore::{LayerChoice, LayerRecord, MetaStore, NewLayer, Origin, Progress, Record};
+use super::stock::blocking;
+use super::{SnapshotError, Timestamp};
+use crate::chunk::{ChunkError, ChunkRef};
+use crate::content::index::LayerIndex;
+use crate::content::{ContentError, ContentStore, Lookup};
+use crate::driver::Id;
+use crate::image::check;
+use crate::layer::LayerError;
+use crate::layer::fill::{FillProgress, Start, Target};
+use crate::object::ObjectError;
+use crate::oci::ChainId;
+
+/// Layers with less data than this are fetched whole before they are answered.
+const SMALL: u64 = 4 * 1024 * 1024;
+/// How long the store is left alone after a deadline has passed.
+const REST: Duration = Duration::from_secs(30);
+/// How long a Prepare may still take once containerd's collector waits for it.
+const HURRY: Duration = Duration::from_millis(300);
+
+/// How many answers are remembered.
+const ANSWERS: usize = 4096;
+
+/// Why a layer of the store is not used.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum HitError {
+    #[error(transparent)]
+    Content(#[from] ContentError),
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    #[error("its metadata is not what a layer image may have: {0}")]
+    Metadata(#[from] check::CheckError),
+    #[error("{missing} of its chunks are not in the store, {first} among them")]
+    Incomplete { missing: usize, first: crate::chunk::ChunkId },
+    #[error("its ref is signed by {0} only, which this node does not trust; to trust it: {1}")]
+    Untrusted(String, String),
+    #[error("the store did not answer within {0:?}")]
+    Late(Duration),
+    #[error("the store was late a moment ago and is left alone for a while")]
+    Resting,
+    #[error("containerd wants to collect: no more time for the store")]
+    Hurried,
+}
+
+impl HitError {
+    /// Whether the next layer had better not ask: the time is over, or nobody answers.
+    fn is_outage(&self) -> bool {
+        let unreachable = |error: &ObjectError| matches!(error, ObjectError::Unreachable(_));
+        match self {
+            HitError::Late(_) | HitError::Content(ContentError::TooLate) => true,
+            HitError::Content(ContentError::Object(error)) => unreachable(error),
+            HitError::Content(ContentError::Chunk(ChunkError::Store { source, .. })) => unreachable(source),
+            _ => false,
+        }
+    }
+}
+
+/// Looks layers up in the store.
+#[derive(Debug)]
+pub(super) struct Hits {
+    meta: Arc<MetaStore>,
+    layers: Arc<Layers>,
+    content: Arc<ContentStore>,
+    deadline: Duration,
+    rest_until: Mutex<Option<Instant>>,
+    hurry: Notify,
+    answers: Mutex<Answers>,
+}
+
+/// What came of the last lookups, for people who ask why a layer was pulled.
+#[derive(Debug, Default)]
+struct Answers {
+    by_chain: HashMap<ChainId, String>,
+    order: VecDeque<ChainId>,
+}
+
+impl Answers {
+    fn keep(&mut self, chain: &ChainId, answer: String) {
+        if self.by_chain.insert(chain.clone(), answer).is_none() {
+            self.order.push_back(chain.clone());
+        }
+        if self.order.len() > ANSWERS
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.by_chain.remove(&oldest);
+        }
+    }
+}
+
+/// A layer image that holds a requested layer; to be recorded with the snapshot that uses it.
+#[derive(Debug)]
+pub(super) struct Hit {
+    pub(super) layer: LayerChoice,
+    /// An Id that was reserved for it, to be given up if the record does not come to be.
+    pub(super) reserved: Option<Id>,
+}
+
+impl Hits {
+    pub(super) fn new(
+        meta: Arc<MetaStore>,
+        layers: Arc<Layers>,
+        content: Arc<ContentStore>,
+        deadline: Duration,
+    ) -> Hits {
+        let (rest_until, hurry, answers) = (Mutex::default(), Notify::new(), Mutex::default());
+        Hits { meta, layers, content, deadline, rest_until, hurry, answers }
+    }
+
+    /// containerd is about to collect: who waits for the store gives up soon, so that the collector, and everybody behind it,
+    /// does not wait for them.
+    pub(super) fn hurry(&self) {
+        self.hurry.notify_waiters();
+    }
+
+    /// What came of the last lookup of this chain.
+    pub(super) fn answer(&self, chain: &ChainId) -> Option<String> {
+        self.answers.lock().by_chain.get(chain).cloned()
+    }
+
+    /// The layer image that makes `chain` when put on the layers below it, from the store; `None` if the store does not have it.
+    pub(super) async fn find(&self, chain: &ChainId) -> Result<Option<Hit>, HitError> {
+        let found = self.find_in_time(chain).await;
+        let answer = match &found {
+            Ok(Some(Hit { reserved: Some(_), .. })) => "found in the store".to_owned(),
+            Ok(Some(_)) => "found in the store, and already on this node".to_owned(),
+            Ok(None) => "not in the store".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        self.answers.lock().keep(chain, answer);
+        found
+    }
+
+    async fn find_in_time(&self, chain: &ChainId) -> Result<Option<Hit>, HitError> {
+        if self.rest_until.lock().is_some_and(|until| Instant::now() < until) {
+            return Err(HitError::Resting);
+        }
+        let reserved = Mutex::new(None);
+        let hurried = async {
+            self.hurry.notified().await;
+            tokio::time::sleep(HURRY).await;
+        };
+        let found = tokio::select! {
+            found = self.look_up(chain, &reserved) => found,
+            () = tokio::time::sleep(self.deadline) => Err(HitError::Late(self.deadline)),
+            () = hurried => Err(HitError::Hurried),
+        };
+        if found.as_ref().is_err_and(HitError::is_outage) {
+            *self.rest_until.lock() = Some(Instant::now() + REST);
+        }
+        let unused = reserved.lock().take();
+        if let (Err(_), Some(id)) = (&found, unused) {
+            self.give_up(id).await;
+        }
+        found
+    }
+
+    async fn look_up(&self, chain: &ChainId, reserved: &Mutex<Option<Id>>) -> Result<Option<Hit>, HitError> {
+        let found = match self.content.lookup(chain, Instant::now() + self.deadline).await? {
+            Lookup::Found(found) => found,
+            Lookup::Missing => return Ok(None),
+            Lookup::Refused { keys } => {
+                let names = keys.iter().map(ToString::to_string).collect::<Vec<_>>();
+                let line = format!("trust.keys = {names:?}");
+                return Err(HitError::Untrusted(names.join(", "), line));
+            }
+        };
+        let (index, digest) = (found.index, *found.digest.as_bytes());
+        for origin in [Origin::Applied, Origin::Fetched] {
+            if let Some(layer) = self.meta.layer_of(index.facts(), origin)
+                && self.is_usable(&layer, digest)
+            {
+                return Ok(Some(Hit { layer: LayerChoice::Known(layer.id), reserved: None }));
+            }
+        }
+        let ids = self.meta.reserve(1).await?;
+        let Some(id) = ids.first().copied() else { return Err(SnapshotError::ShuttingDown.into()) };
+        *reserved.lock() = Some(id);
+        self.fetch_metadata(id, &index).await?;
+        let layer = LayerChoice::New(NewLayer {
+            id,
+            facts: index.facts().clone(),
+            origin: Origin::Fetched,
+            progress: Progress::Filling,
+            blob: None,
+            index: Some(digest),
+            now: Timestamp::now(),
+        });
+        Ok(Some(Hit { layer, reserved: Some(id) }))
+    }
+
+    /// What was fetched under another index with the same diff ID is not what this publisher vouches for.
+    fn is_usable(&self, layer: &LayerRecord, digest: [u8; 32]) -> bool {
+        let same = layer.origin == Origin::Applied || layer.index == Some(digest);
+        same && (layer.progress == Progress::Filling || self.layers.store.is_complete(layer.id.serial))
+    }
+
+    async fn fetch_metadata(&self, id: Id, index: &Arc<LayerIndex>) -> Result<(), HitError> {
+        let (store, serial) = (Arc::clone(&self.layers.store), id.serial);
+        let (bytes, size) = (index.encode(), index.facts().layout.size);
+        let path = store.image(serial);
+        let file = blocking(move || {
+            store.write_index(serial, &bytes)?;
+            let file = store.create(serial)?;
+            file.set_len(size).map_err(|error| LayerError::at(&store.image(serial), error))?;
+            Ok::<_, LayerError>(file)
+        })
+        .await?;
+        let file = Arc::new(file);
+        let filler = self.layers.filler(&self.content);
+        let progress = FillProgress::default();
+        let target = || Target { file: &file, path: &path, start: Start::Empty, progress: &progress };
+        filler.fill(index, index.metadata_chunks().collect(), target()).await?;
+        let (checked, layout) = (Arc::clone(&file), index.facts().layout.clone());
+        blocking(move || Ok::<_, SnapshotError>(check::check(&*checked, &layout))).await??;
+        let data: Vec<(u64, ChunkRef)> = index.data_chunks().collect();
+        let plain: u64 = data.iter().map(|(_, chunk)| u64::from(chunk.length)).sum();
+        if plain < SMALL {
+            filler.fill(index, data, target()).await?;
+            return Ok(());
+        }
+        let wanted: Vec<ChunkRef> = data
+            .into_iter()
+            .map(|(_, chunk)| chunk)
+            .filter(|chunk| !self.layers.has_chunk(&chunk.id))
+            .collect();
+        let missing = self.content.missing(wanted).await?;
+        match missing.first() {
+            None => Ok(()),
+            Some(first) => Err(HitError::Incomplete { missing: missing.len(), first: first.id }),
+        }
+    }
+
+    /// An Id that no record uses is freed with what it holds.
+    pub(super) async fn give_up(&self, id: Id) {
+        if let Err(error) = self.meta.discard(vec![id]).await {
+            tracing::warn!(serial = id.serial, %error, "an unused id stays until the next start");
+        }
+    }
+
+    /// The snapshot that uses the layer is recorded: its data is fetched from now on.
+    pub(super) fn adopted(&self, record: &Record, reserved: Option<Id>) {
+        let layer = record.layer.and_then(|serial| self.meta.layer(serial));
+        if let Some(layer) = layer.filter(|layer| layer.progress == Progress::Filling) {
+            let start = if reserved == Some(layer.id) { Start::Empty } else { Start::Resumed };
+            drop(self.layers.fill(layer.id.serial, start));
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! Publishing in the background: what this node pulled is put on the store for the others.
+//!
+//! **What.** Works off the queue that Commit writes to, oldest first, one layer at a time. The queue is part of the records: it
+//! survives restarts, and an outage of the store only makes it longer.
+//!
+//! **Where.** Owned by `snapshotter`; calls [`crate::content`] to publish, `layers` for images, [`crate::containerd`] for the
+//! blobs of layers whose files were unpacked.
+//!
+//! **Invariants.** An entry leaves the queue when its layer is durable in the store, or with a reason that `explain` shows.
+//!
+//! **When it fails.** An entry is tried again, later each time; nothing of it is visible in the store before its ref is.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::below::BelowSnapshot;
+use super::blob::{self, BlobError};
+use super::layers::Layers;
+use super::metastore::{MetaStore, Progress, PublishEntry, Record, Stack};
+use super::remote;
+use super::{Kind, SnapshotError, Timestamp};
+use crate::containerd::blob::Blobs;
+use crate::content::index::IndexDigest;
+use crate::content::publish::{PublishRequest, Published};
+use crate::content::{ContentError, ContentStore};
+use crate::image::Facts;
+use crate::oci::ChainId;
+
+/// The longest time between two attempts.
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+
+/// How often a blob that is not there is looked for: containerd labels it only after the commit.
+const PATIENCE: u32 = 4;
+
+/// Why a layer is not published yet.
+#[derive(Debug, thiserror::Error)]
+enum PublishError {
+    #[error(transparent)]
+    Content(#[from] ContentError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+}
+
+/// What the publisher has done since it began.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct PublishCounts {
+    /// Layers.
+    pub layers: u64,
+    /// Plain bytes of their chunks.
+    pub bytes: u64,
+    /// Bytes that were uploaded.
+    pub uploaded: u64,
+    /// Attempts that failed.
+    pub failures: u64,
+}
+
+/// See the module's page.
+#[derive(Debug)]
+pub struct Publisher {
+    meta: Arc<MetaStore>,
+    layers: Arc<Layers>,
+    content: Arc<ContentStore>,
+    blobs: Blobs,
+    points: PathBuf,
+    queued: Notify,
+    due: Mutex<HashMap<ChainId, Instant>>,
+    held: Mutex<HashSet<ChainId>>,
+    counts: Mutex<PublishCounts>,
+}
+
+impl Publisher {
+    /// Nothing happens yet: [`Publisher::run`] does.
+    pub fn new(
+        meta: Arc<MetaStore>,
+        layers: Arc<Layers>,
+        content: Arc<ContentStore>,
+        blobs: Blobs,
+        root: &Path,
+    ) -> Publisher {
+        let (due, held, counts) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Publisher {
+            meta,
+            layers,
+            content,
+            blobs,
+            points: root.join("l"),
+            queued: Notify::new(),
+            due,
+            held,
+            counts,
+        }
+    }
+
+    /// Something was queued.
+    pub fn wake(&self) {
+        self.queued.notify_one();
+    }
+
+    /// What was done so far.
+    pub fn counts(&self) -> PublishCounts {
+        *self.counts.lock()
+    }
+
+    /// Works the queue off until `stop`. What is under way then begins anew at the next start.
+    pub async fn run(&self, stop: CancellationToken) {
+        loop {
+            let next = tokio::select! {
+                () = stop.cancelled() => return,
+                next = self.work_off() => next,
+            };
+            let pause = async {
+                match next {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.queued.notified() => {}
+                () = pause => {}
+            }
+        }
+    }
+
+    /// Everything that is due; answers when the next entry will be.
+    async fn work_off(&self) -> Option<Instant> {
+        loop {
+            let now = Instant::now();
+            let queue = self.meta.publish_queue();
+            let waiting = queue.into_iter().filter(|entry| entry.dropped.is_none());
+            let due = |entry: &PublishEntry| self.due.lock().get(&entry.chain).copied();
+            let (ready, later): (Vec<_>, Vec<_>) =
+                waiting.partition(|entry| due(entry).is_none_or(|at| at <= now));
+            self.hold_blobs().await;
+            let Some(entry) = ready.into_iter().next() else {
+                return later.iter().filter_map(due).min();
+            };
+            self.attempt(entry).await;
+        }
+    }
+
+    /// Keeps containerd from collecting the blobs of layers without an image while they wait.
+    async fn hold_blobs(&self) {
+        for entry in self.meta.publish_queue() {
+            let waits = entry.dropped.is_none() && entry.layer.is_none();
+            if !waits || self.held.lock().contains(&entry.chain) {
+                continue;
+            }
+            match blob::hold(&self.blobs, &entry).await {
+                Ok(()) => drop(self.held.lock().insert(entry.chain)),
+                Err(error) => tracing::debug!(chain = %entry.chain, %error, "cannot hold a blob yet"),
+            }
+        }
+    }
+
+    /// Lets go of what was held for an entry that has left the queue.
+    async fn release_blob(&self, entry: &PublishEntry) {
+        if entry.layer.is_some() {
+            return;
+        }
+        self.held.lock().remove(&entry.chain);
+        if let Err(error) = blob::release(&self.blobs, entry).await {
+            tracing::debug!(chain = %entry.chain, %error, "a lease is left to expire");
+        }
+    }
+
+    async fn attempt(&self, entry: PublishEntry) {
+        let chain = entry.chain.clone();
+        let recorded = match self.publish(&entry).await {
+            Ok(()) => {
+                self.due.lock().remove(&chain);
+                self.release_blob(&entry).await;
+                self.meta.requeue(chain.clone(), None).await
+            }
+            Err(PublishError::Blob(error)) if error.is_final() && entry.attempts >= PATIENCE => {
+                tracing::warn!(%chain, %error, "a layer is not published");
+                self.release_blob(&entry).await;
+                let dropped = Some(error.to_string());
+                self.meta.requeue(chain.clone(), Some(PublishEntry { dropped, ..entry })).await
+            }
+            Err(error) => {
+                self.counts.lock().failures += 1;
+                let attempts = entry.attempts.saturating_add(1);
+                let pause = Duration::from_secs(1 << attempts.min(9)).min(LONGEST_PAUSE);
+                self.due.lock().insert(chain.clone(), Instant::now() + pause);
+                tracing::warn!(%chain, %error, attempts, again_in = ?pause, "cannot publish a layer yet");
+                let message = error.to_string();
+                self.meta.requeue(chain.clone(), Some(PublishEntry { attempts, message, ..entry })).await
+            }
+        };
+        if let Err(error) = recorded {
+            tracing::warn!(%chain, %error, "cannot record what came of publishing a layer");
+            self.due.lock().insert(chain, Instant::now() + LONGEST_PAUSE);
+        }
+    }
+
+    async fn publish(&self, entry: &PublishEntry) -> Result<(), PublishError> {
+        match entry.layer.and_then(|serial| self.meta.layer(serial)) {
+            Some(layer) if layer.progress == Progress::Complete => {
+                let image = self.layers.store.read(layer.id.serial).map_err(SnapshotError::from)?;
+                let published = self.publish_image(&image, &layer.facts, entry).await?;
+                self.keep_index(layer.id.serial, published.index).await
+            }
+            _ => {
+                let below = self.below(&entry.chain).ok_or(BlobError::Removed)?;
+                let made = blob::image_of(&self.blobs, entry, &self.layers.store, below).await?;
+                self.publish_image(&made.file, &made.facts, entry).await.map(|_| ())
+            }
+        }
+    }
+
+    /// What lies below the committed snapshot of a chain.
+    fn below(&self, chain: &ChainId) -> Option<BelowSnapshot> {
+        let records = self.meta.all();
+        let is_it = |record: &&Arc<Record>| {
+            let named = remote::chain_of(&record.info.labels, &record.info.name);
+            record.info.kind == Kind::Committed && named.as_ref() == Some(chain)
+        };
+        let parent = records.iter().find(is_it)?.info.parent.clone();
+        let stack = match parent {
+            None => Stack::default(),
+            Some(parent) => self.meta.stack_with(&parent)?,
+        };
+        Some(BelowSnapshot::new(&stack, Some(Arc::clone(&self.layers)), &self.points))
+    }
+
+    async fn publish_image(
+        &self,
+        image: &File,
+        facts: &Facts,
+        entry: &PublishEntry,
+    ) -> Result<Published, PublishError> {
+        let request = PublishRequest { image, facts, chains: std::slice::from_ref(&entry.chain) };
+        let published = self.content.publish(request, &|_| (), &CancellationToken::new()).await?;
+        let mut counts = self.counts.lock();
+        counts.layers += 1;
+        counts.bytes += published.bytes;
+        counts.uploaded += published.stored_bytes;
+        Ok(published)
+    }
+
+    /// The index is kept beside the image, so that other layers find its chunks here.
+    async fn keep_index(&self, serial: u64, digest: IndexDigest) -> Result<(), PublishError> {
+        let index = self.content.index(digest).await?;
+        if let Err(error) = self.layers.store.write_index(serial, &index.encode()) {
+            tracing::warn!(serial, %error, "the layer index is not kept; chunks of this layer are not shared");
+        }
+        self.layers.share(serial, &index);
+        self.meta.indexed(serial, *digest.as_bytes(), Some(Timestamp::now())).await?;
+        Ok(())
+    }
+}

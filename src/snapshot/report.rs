@@ -1,0 +1,147 @@
+//! What people ask a running daemon: its state, its layers, and where the layers of an image or a container came from.
+//!
+//! The values are what `--json` prints; field names are kept once they are out.
+
+use serde::{Deserialize, Serialize};
+
+/// The state of a daemon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusReport {
+    /// Its version.
+    pub version: String,
+    /// Where its snapshots are.
+    pub root: String,
+    /// How layer images are mounted here, or why they are not.
+    pub layer_images: String,
+    /// Numbers of snapshots.
+    pub snapshots: SnapshotNumbers,
+    /// Numbers of layer images.
+    pub layers: LayerNumbers,
+    /// The store, if there is one.
+    pub store: Option<StoreState>,
+    /// What is put on the store.
+    pub publish: PublishState,
+    /// Bytes free on the root's file system.
+    pub free_bytes: u64,
+}
+
+/// Numbers of snapshots.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotNumbers {
+    /// Views.
+    pub views: usize,
+    /// Active ones.
+    pub active: usize,
+    /// Committed ones.
+    pub committed: usize,
+    /// Removed ones whose storage is not freed yet.
+    pub removing: usize,
+}
+
+/// Numbers of layer images.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerNumbers {
+    /// All.
+    pub count: usize,
+    /// Those whose data is still being fetched.
+    pub filling: usize,
+    /// Those that no snapshot uses.
+    pub unclaimed: usize,
+    /// Those that are mounted.
+    pub attached: usize,
+    /// What their files take on disk.
+    pub bytes: u64,
+}
+
+/// The store as this daemon sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreState {
+    /// Its URL, without secrets.
+    pub url: String,
+    /// Whether requests are sent to it, and since when not.
+    pub state: String,
+    /// Whose layers are taken: `keys` or `any`.
+    pub trust: String,
+    /// The public keys that are trusted, this node's own first.
+    pub keys: Vec<String>,
+}
+
+/// What is put on the store.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishState {
+    /// `auto`, `off`, or `none` without a store.
+    pub policy: String,
+    /// Layers in the queue.
+    pub pending: usize,
+    /// Layers that were given up.
+    pub dropped: usize,
+    /// Layers published since the daemon started.
+    pub layers: u64,
+    /// Plain bytes of these.
+    pub bytes: u64,
+    /// Bytes that were uploaded for them.
+    pub uploaded: u64,
+    /// Attempts that failed.
+    pub failures: u64,
+    /// What went wrong last with each layer that is still in the queue or was given up.
+    pub problems: Vec<Problem>,
+}
+
+/// A layer that is not published.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// Its chain ID.
+    pub chain: String,
+    /// Whether it is tried again.
+    pub retried: bool,
+    /// What went wrong.
+    pub message: String,
+}
+
+/// A layer image of this node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerReport {
+    /// Its number; its file is `layer/<serial>.erofs` below the root.
+    pub serial: u64,
+    /// Digest of the tar it was made from.
+    pub diff_id: String,
+    /// `applied` here from a blob, or `fetched` from the store.
+    pub origin: String,
+    /// `complete`, `filling` or `failed`.
+    pub state: String,
+    /// How much of it is here, in percent.
+    pub percent: u8,
+    /// What went wrong, if it failed.
+    pub problem: Option<String>,
+    /// What its files take on disk.
+    pub bytes: u64,
+    /// Bytes that came from the store.
+    pub fetched: u64,
+    /// Bytes that other layers of this node had.
+    pub shared: u64,
+    /// Its inodes.
+    pub inodes: u64,
+    /// How many snapshots use it.
+    pub snapshots: usize,
+    /// Whether it is mounted.
+    pub attached: bool,
+    /// Whether it is known to be durable in the store.
+    pub published: bool,
+    /// When a snapshot last began to use it, seconds since 1970 UTC.
+    pub used: i64,
+}
+
+/// Where one layer of an image or a container came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerExplained {
+    /// Its chain ID, if it is an image's.
+    pub chain: Option<String>,
+    /// `image` (a layer image), `files` (a directory), both, or `absent`.
+    pub kind: String,
+    /// The layer image.
+    pub image: Option<LayerReport>,
+    /// What the store said when it was asked for this layer.
+    pub remote: Option<String>,
+    /// Why it is not published, if it is not and was to be.
+    pub publish: Option<String>,
+}

@@ -1,0 +1,130 @@
+//! What people ask: the numbers of this daemon, its layers, and where the layers of a snapshot came from.
+
+use std::sync::Arc;
+
+use super::Snapshotter;
+use crate::oci::ChainId;
+use crate::snapshot::metastore::{Own, Record};
+use crate::snapshot::remote;
+use crate::snapshot::report::{
+    LayerExplained, LayerNumbers, LayerReport, Problem, PublishState, SnapshotNumbers,
+};
+use crate::snapshot::{Key, SnapshotError};
+
+impl Snapshotter {
+    /// Numbers of snapshots.
+    pub fn snapshot_numbers(&self) -> SnapshotNumbers {
+        let counts = self.meta.counts();
+        SnapshotNumbers {
+            views: counts.views,
+            active: counts.active,
+            committed: counts.committed,
+            removing: counts.removing,
+        }
+    }
+
+    /// Numbers of layer images. Blocking.
+    pub fn layer_numbers(&self) -> LayerNumbers {
+        let reports = self.layer_reports();
+        LayerNumbers {
+            count: reports.len(),
+            filling: reports.iter().filter(|layer| layer.state != "complete").count(),
+            unclaimed: reports.iter().filter(|layer| layer.snapshots == 0).count(),
+            attached: reports.iter().filter(|layer| layer.attached).count(),
+            bytes: reports.iter().map(|layer| layer.bytes).sum(),
+        }
+    }
+
+    /// All layer images. Blocking.
+    pub fn layer_reports(&self) -> Vec<LayerReport> {
+        let Some(layers) = &self.remote.layers else { return Vec::new() };
+        let claims = self.meta.claims();
+        let report = |serial: u64| claims.get(&serial).copied().unwrap_or(0);
+        self.meta.layers().iter().map(|layer| layers.report(layer, report(layer.id.serial))).collect()
+    }
+
+    /// What is put on the store.
+    pub fn publish_state(&self, policy: &str) -> PublishState {
+        let queue = self.meta.publish_queue();
+        let counts = self.remote.publisher.as_ref().map(|publisher| publisher.counts()).unwrap_or_default();
+        let problem = |entry: &crate::snapshot::metastore::PublishEntry| Problem {
+            chain: entry.chain.to_string(),
+            retried: entry.dropped.is_none(),
+            message: entry.dropped.clone().unwrap_or_else(|| entry.message.clone()),
+        };
+        PublishState {
+            policy: policy.to_owned(),
+            pending: queue.iter().filter(|entry| entry.dropped.is_none()).count(),
+            dropped: queue.iter().filter(|entry| entry.dropped.is_some()).count(),
+            layers: counts.layers,
+            bytes: counts.bytes,
+            uploaded: counts.uploaded,
+            failures: counts.failures,
+            problems: queue.iter().map(problem).filter(|problem| !problem.message.is_empty()).collect(),
+        }
+    }
+
+    /// Where these layers of an image are on this node, in the order given. Blocking.
+    pub fn explain_chains(&self, chains: &[ChainId]) -> Vec<LayerExplained> {
+        let records = self.meta.all();
+        let find = |chain: &ChainId| {
+            let holds = |record: &&Arc<Record>| {
+                let name = &record.info.name;
+                remote::chain_of(&record.info.labels, name).as_ref() == Some(chain)
+            };
+            // With a layer image first: several namespaces may have the same layer, each in its own way.
+            let mut found: Vec<&Arc<Record>> = records.iter().filter(holds).collect();
+            found.sort_by_key(|record| record.layer.is_none());
+            found.first().map(|record| Arc::clone(record))
+        };
+        chains.iter().map(|chain| self.explain(Some(chain), find(chain).as_deref())).collect()
+    }
+
+    /// What lies below the snapshot whose key a client called `key` in `namespace`, the lowest first. Blocking.
+    pub fn explain_key(&self, namespace: &str, key: &str) -> Result<Vec<LayerExplained>, SnapshotError> {
+        let is_it = |record: &&Arc<Record>| {
+            let name = record.info.name.as_str();
+            name == key || (name.starts_with(&format!("{namespace}/")) && remote::client_key(name) == key)
+        };
+        let records = self.meta.all();
+        let mut at = records.iter().find(is_it).cloned();
+        if at.is_none() {
+            return Err(SnapshotError::NotFound { key: Key::new(key)? });
+        }
+        let mut explained = Vec::new();
+        while let Some(record) = at {
+            let chain = remote::chain_of(&record.info.labels, &record.info.name);
+            explained.push(self.explain(chain.as_ref(), Some(&record)));
+            at = record.info.parent.as_ref().and_then(|parent| self.meta.get(parent));
+        }
+        explained.reverse();
+        Ok(explained)
+    }
+
+    fn explain(&self, chain: Option<&ChainId>, record: Option<&Record>) -> LayerExplained {
+        let image = record.and_then(|record| record.layer).and_then(|serial| self.meta.layer(serial));
+        let claims = |serial: u64| self.meta.claims().get(&serial).copied().unwrap_or(0);
+        let image = image.zip(self.remote.layers.as_ref());
+        let image = image.map(|(layer, layers)| layers.report(&layer, claims(layer.id.serial)));
+        let kind = match (record, &image) {
+            (None, _) => "absent",
+            (Some(_), None) => "files",
+            (Some(record), Some(_)) if record.own == Own::Used => "files on an image",
+            (Some(_), Some(_)) => "image",
+        };
+        let queue = self.meta.publish_queue();
+        let entry = chain.and_then(|chain| queue.into_iter().find(|entry| entry.chain == *chain));
+        let publish = entry.map(|entry| match (entry.dropped, entry.message.is_empty()) {
+            (Some(reason), _) => format!("given up: {reason}"),
+            (None, true) => "waiting".to_owned(),
+            (None, false) => format!("tried {} times: {}", entry.attempts, entry.message),
+        });
+        LayerExplained {
+            chain: chain.map(ToString::to_string),
+            kind: kind.to_owned(),
+            image,
+            remote: chain.and_then(|chain| self.hits.as_ref()?.answer(chain)),
+            publish,
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! Layers on the object store: the formats, whose word is taken, publishing and finding again.
+
+mod containerd;
+mod index;
+mod publish;
+mod support;
+mod trust;
