@@ -4,6 +4,9 @@
 #
 # Every daemon has a name; $W/NAME.pid and $W/NAME.log are its own. Paths in $W are short, because a
 # unix socket's path ends at 107 bytes.
+#
+# A node is a containerd and a Speedy with directories and sockets of their own, below $N. The first node is the world's own
+# ($N is $W); `on b COMMAND...` is for node b what COMMAND is for the first one. Registry and stores are shared.
 
 # world_make: makes $W. world_remove undoes all of it; call that from a trap.
 world_make() {
@@ -11,13 +14,34 @@ world_make() {
     chmod 711 "$W" # a container in a user namespace walks through it
     # Names the containers' cgroups and containerd namespaces apart from everybody else's.
     WORLD=spd-${W##*.}
-    mkdir -p "$W"/{conf.d,certs.d,speedy,fifo,tmp}
     [[ -e /run/containerd ]] || touch "$W/alone"
-    CONTAINERD_ADDRESS=$W/containerd.sock
-    SPEEDY_ADDRESS=$W/speedy.sock
-    SPEEDY_ROOT=$W/speedy
-    ((${#CONTAINERD_ADDRESS} < 100)) || die "TMPDIR is too long for unix sockets: $W"
+    ((${#W} < 80)) || die "TMPDIR is too long for unix sockets: $W"
+    NODE=''
+    node_paths
+    node_make
 }
+
+# node_paths: where things are on node $NODE.
+node_paths() {
+    N=$W${NODE:+/$NODE}
+    CONTAINERD_ADDRESS=$N/containerd.sock
+    SPEEDY_ADDRESS=$N/speedy.sock
+    SPEEDY_ROOT=$N/speedy
+}
+
+node_make() { mkdir -p "$N"/{conf.d,certs.d,speedy,fifo,tmp}; }
+
+# on NODE COMMAND...: COMMAND, which may be a function of these files, on another node.
+on() {
+    local NODE=$1 N CONTAINERD_ADDRESS SPEEDY_ADDRESS SPEEDY_ROOT
+    shift
+    node_paths
+    "$@"
+}
+
+# node_daemon NAME: what NAME is called on this node. Daemons, containerd's namespaces and cgroups have the node's name in
+# theirs: runc keeps all of them in one place.
+node_daemon() { printf '%s%s' "$1" "${NODE:+-$NODE}"; }
 
 # daemon NAME COMMAND...: starts it in the background, in a session of its own.
 daemon() {
@@ -28,6 +52,15 @@ daemon() {
 }
 
 daemon_pid() { cat "$W/$1.pid" 2>/dev/null; }
+
+# daemon_names KIND: those of that kind that run, on whatever node.
+daemon_names() {
+    local file name
+    for file in "$W/$1".pid "$W/$1"-*.pid; do
+        name=$(basename "$file" .pid)
+        if [[ -e $file ]] && daemon_runs "$name"; then printf '%s\n' "$name"; fi
+    done
+}
 
 # A zombie has ended, only nobody has asked yet.
 pid_runs() {
@@ -68,13 +101,18 @@ storage: { filesystem: { rootdirectory: $W/registry } }
 http: { addr: "$REGISTRY" }
 END
     OTEL_TRACES_EXPORTER=none daemon registry "$(tool_path "registry-$REGISTRY_VERSION")/registry" serve "$W/registry.yml"
-    mkdir -p "$W/certs.d/$REGISTRY"
-    cat >"$W/certs.d/$REGISTRY/hosts.toml" <<END
-server = "http://$REGISTRY"
-[host."http://$REGISTRY"]
+    registry_host "$REGISTRY"
+    wait_for 10 "the registry" curl -sf "http://$REGISTRY/v2/"
+}
+
+# registry_host ADDRESS: where this node's containerd finds what it calls $REGISTRY.
+registry_host() {
+    mkdir -p "$N/certs.d/$REGISTRY"
+    cat >"$N/certs.d/$REGISTRY/hosts.toml" <<END
+server = "http://$1"
+[host."http://$1"]
   capabilities = ["pull", "resolve", "push"]
 END
-    wait_for 10 "the registry" curl -sf "http://$REGISTRY/v2/"
 }
 
 # make_images NAME...: makes test images and pushes them to the registry.
@@ -82,20 +120,23 @@ make_images() {
     python3 "$REPO/tests/e2e/mkimage.py" "$REGISTRY" "$W/expected" "$@"
 }
 
-# containerd_config SOURCE: the repository's own example, with this world's paths. What only a test
-# machine needs is laid over it as a fragment, through the example's own `imports`.
+# containerd_config SOURCE: the repository's own example, with this node's paths. What only a test
+# machine needs is laid over it as a fragment, through the example's own `imports`. DIFFER=walking leaves Speedy's differ out.
 containerd_config() {
-    sed -e "s|/var/lib/containerd|$W/lib|; s|/run/containerd/containerd.sock|$CONTAINERD_ADDRESS|" \
-        -e "s|\"/run/containerd\"|\"$W/run\"|; s|/etc/containerd/|$W/|" \
+    sed -e "s|/var/lib/containerd|$N/lib|; s|/run/containerd/containerd.sock|$CONTAINERD_ADDRESS|" \
+        -e "s|\"/run/containerd\"|\"$N/run\"|; s|/etc/containerd/|$N/|" \
         -e "s|/run/speedy/speedy.sock|$SPEEDY_ADDRESS|; s|/var/lib/speedy|$SPEEDY_ROOT|" \
-        "$1" >"$W/containerd.toml"
+        "$1" >"$N/containerd.toml"
+    if [[ ${SNAPSHOTTER:-speedy} != speedy || ${DIFFER:-} == walking ]]; then
+        edit_config '/^\[proxy_plugins.speedy-diff/ { drop = 1; next } /^\[/ { drop = 0 } !drop' \
+            -e '/^ *differ = "speedy-diff"/d; s/"speedy-diff", *//'
+    fi
     if [[ ${SNAPSHOTTER:-speedy} != speedy ]]; then
         # Without Speedy: a plugin that nobody answers for would hold up every garbage collection.
-        awk '/^\[proxy_plugins/ { drop = 1 } /^\[+plugins/ { drop = 0 } !drop' "$W/containerd.toml" |
-            sed "s|snapshotter = \"speedy\"|snapshotter = \"$SNAPSHOTTER\"|" >"$W/containerd.toml.new"
-        mv "$W/containerd.toml.new" "$W/containerd.toml"
+        edit_config '/^\[proxy_plugins/ { drop = 1 } /^\[+plugins/ { drop = 0 } !drop' \
+            -e "s|snapshotter = \"speedy\"|snapshotter = \"$SNAPSHOTTER\"|"
     fi
-    cat >"$W/conf.d/private.toml" <<END
+    cat >"$N/conf.d/private.toml" <<END
 version = 3
 [plugins.'io.containerd.cri.v1.runtime']
   # Without CAP_SYS_RESOURCE, as in many test machines, no process may lower its oom score.
@@ -103,10 +144,16 @@ version = 3
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
   sandbox = "${REGISTRY:-}/pause:1"
 [plugins.'io.containerd.internal.v1.opt']
-  path = "$W/opt"
+  path = "$N/opt"
 [plugins.'io.containerd.nri.v1.nri']
   disable = true
 END
+}
+
+# edit_config AWK SED-ARGUMENT...
+edit_config() {
+    awk "$1" "$N/containerd.toml" | sed "${@:2}" >"$N/containerd.toml.new"
+    mv "$N/containerd.toml.new" "$N/containerd.toml"
 }
 
 # start_containerd VERSION [CONFIGURATION]
@@ -114,30 +161,48 @@ start_containerd() {
     TOOLS=$(tool_path "containerd-$1")
     containerd_config "${2:-$REPO/config/containerd.toml}"
     # The shim is found through PATH; temporary mounts go to TMPDIR.
-    PATH="$TOOLS:$PATH" TMPDIR="$W/tmp" daemon containerd "$TOOLS/containerd" --config "$W/containerd.toml"
+    PATH="$TOOLS:$PATH" TMPDIR="$N/tmp" daemon "$(node_daemon containerd)" "$TOOLS/containerd" --config "$N/containerd.toml"
     if ! wait_for 20 containerd containerd_answers; then
-        tail -n 20 "$W/containerd.log" >&2
+        tail -n 20 "$W/$(node_daemon containerd).log" >&2
         return 1
     fi
 }
 containerd_answers() { "$TOOLS/ctr" -a "$CONTAINERD_ADDRESS" version; }
 
-# start_speedy [FLAG...]: the daemon on this world's root and socket.
+# start_speedy [FLAG...]: the daemon on this node's root and socket.
 start_speedy() {
-    daemon speedy "$SPEEDY" serve --address "$SPEEDY_ADDRESS" --root "$SPEEDY_ROOT" \
+    daemon "$(node_daemon speedy)" "$SPEEDY" serve --address "$SPEEDY_ADDRESS" --root "$SPEEDY_ROOT" \
         --containerd "$CONTAINERD_ADDRESS" "$@"
     if ! wait_for 20 speedy speedy_answers; then
-        tail -n 20 "$W/speedy.log" >&2
+        tail -n 20 "$W/$(node_daemon speedy).log" >&2
         return 1
     fi
 }
 # Connecting is enough: the socket is made when the store behind it is open.
 speedy_answers() {
-    daemon_runs speedy && python3 -c 'import socket, sys
+    daemon_runs "$(node_daemon speedy)" && python3 -c 'import socket, sys
 s = socket.socket(socket.AF_UNIX); s.settimeout(1); s.connect(sys.argv[1])' "$SPEEDY_ADDRESS"
 }
 
-ctr() { "$TOOLS/ctr" -a "$CONTAINERD_ADDRESS" -n "${NAMESPACE:-$WORLD}" "$@"; }
+ctr() { "$TOOLS/ctr" -a "$CONTAINERD_ADDRESS" -n "${NAMESPACE:-$(node_daemon "$WORLD")}" "$@"; }
+
+# start_node NAME VERSION [SPEEDY-FLAG...]: another node, with a containerd that reaches the registry as the first one does.
+start_node() {
+    on "$1" node_make
+    on "$1" registry_host "$REGISTRY"
+    [[ ${SNAPSHOTTER:-speedy} != speedy ]] || on "$1" start_speedy "${@:3}"
+    on "$1" start_containerd "$2"
+}
+
+# node_remove: ends this node's daemons and removes its directory.
+node_remove() {
+    local mount
+    daemon_stop "$(node_daemon containerd)"
+    daemon_stop "$(node_daemon speedy)"
+    # Attached layer images stay when their daemon ends.
+    for mount in $(mounts_below "$N"); do umount "$mount"; done
+    rm -rf --one-file-system "$N"
+}
 
 # namespaces: those of the private containerd.
 namespaces() { NAMESPACE='' ctr namespaces ls -q 2>/dev/null || true; }
@@ -175,17 +240,21 @@ mounts_below() {
 # world_remove: leaves no container, process, mount or directory of this world behind.
 world_remove() {
     [[ -n ${W:-} && -d $W ]] || return 0
-    local name mount directory
-    if [[ -n ${TOOLS:-} ]] && daemon_runs containerd; then
-        remove_containers
-    fi
-    for name in buildkitd containerd speedy registry; do
+    local name node mount directory
+    for name in $(daemon_names containerd); do
+        node=${name#containerd}
+        [[ -z ${TOOLS:-} ]] || on "${node#-}" remove_containers
+    done
+    # Who asks is stopped before who answers.
+    for name in buildkitd $(daemon_names containerd) $(daemon_names speedy) link registry; do
         daemon_stop "$name" || true
     done
     kill_rest
     for mount in $(mounts_below "$W"); do
         umount "$mount" 2>/dev/null || umount -l "$mount" || true
     done
+    # Of an attached layer image, should its mount have gone first.
+    losetup -n -O NAME,BACK-FILE 2>/dev/null | awk -v top="$W/" 'index($2, top) == 1 { print $1 }' | xargs -r losetup -d 2>/dev/null || true
     for directory in $(find /sys/fs/cgroup -maxdepth 4 -type d -name "$WORLD*" 2>/dev/null | sort -r); do
         find "$directory" -depth -type d -exec rmdir {} + 2>/dev/null || true
     done

@@ -216,6 +216,15 @@ need_crictl() {
         "-X sigs.k8s.io/cri-tools/pkg/version.Version=v$CRICTL_VERSION"
 }
 
+# The link's version is its source.
+link_version() { cat "$REPO"/contrib/tools/link/{go.mod,main.go,link.go,fault.go,registry.go} | sha256sum | cut -c1-12; }
+link_tool() { printf '%s/link' "$(tool_path "link-$(link_version)")"; }
+
+need_link() {
+    [[ -x $(link_tool) ]] || need_go
+    build_tool "link-$(link_version)" make_from_module link . ""
+}
+
 # Three minutes for one test: only contrib/test --long builds it.
 need_buildkit() {
     [[ -d $(tool_path "buildkit-$BUILDKIT_VERSION") ]] || { need_packages jq && need_go; }

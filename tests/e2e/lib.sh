@@ -92,8 +92,8 @@ image() { printf '%s/%s:1' "$REGISTRY" "$1"; }
 pull() {
     local name=$1
     shift
-    ctr images pull --hosts-dir "$W/certs.d" --snapshotter "${ON:-$SNAPSHOTTER}" "$@" "$(image "$name")" >"$W/pull.log" 2>&1 && return
-    tail -n 1 "$W/pull.log" >&2
+    ctr images pull --hosts-dir "$N/certs.d" --snapshotter "${ON:-$SNAPSHOTTER}" "$@" "$(image "$name")" >"$N/pull.log" 2>&1 && return
+    tail -n 1 "$N/pull.log" >&2
     fail "cannot pull $name"
 }
 
@@ -143,17 +143,37 @@ ctr_remove() {
     done
 }
 
-# layer_directories: those of the snapshotter under test that hold anything. Speedy keeps a few
-# empty ones ready, which are no leftovers.
+# metrics_address: where this node's Speedy shows its metrics.
+metrics_address() {
+    [[ -e $N/metrics ]] || echo "127.0.0.1:$(free_port)" >"$N/metrics"
+    cat "$N/metrics"
+}
+
+# restart_speedy [FLAG...]: with other flags or environment.
+restart_speedy() {
+    daemon_stop "$(node_daemon speedy)" "${SIGNAL:-TERM}"
+    start_speedy --metrics "$(metrics_address)" "$@"
+    # containerd tries again on its own, at most three seconds apart.
+    wait_for 10 "containerd to find Speedy again" speedy_is_reached
+}
+# Not `ls`: without snapshots containerd answers that by itself.
+speedy_is_reached() {
+    local key=reached-$RANDOM$RANDOM
+    ctr snapshots --snapshotter speedy prepare "$key" && ctr snapshots --snapshotter speedy rm "$key"
+}
+
+# layer_directories: those of the snapshotter under test that hold anything, and layer images. Speedy keeps a few
+# empty directories ready, which are no leftovers.
 layer_directories() {
     local top=$SPEEDY_ROOT/l
+    [[ $SNAPSHOTTER != speedy ]] || find "$SPEEDY_ROOT/layer" -type f 2>/dev/null
     [[ $SNAPSHOTTER == speedy ]] || top=$W/lib/io.containerd.snapshotter.v1.$SNAPSHOTTER/snapshots
     find "$top" -mindepth 3 -maxdepth 3 -path '*/fs/*' -printf '%h\n' 2>/dev/null | sort -u
 }
 
 speedy_check() {
     "$SPEEDY" check --json --root "$SPEEDY_ROOT" --address "$SPEEDY_ADDRESS" --containerd "$CONTAINERD_ADDRESS" \
-        --containerd-config "$W/containerd.toml"
+        --containerd-config "$N/containerd.toml"
 }
 
 store_is_consistent() {

@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
 """Makes the test images and pushes them to a registry on this machine.
 
-    mkimage.py REGISTRY EXPECTED NAME...      NAME: tiny, pause, eight, deep
+    mkimage.py REGISTRY EXPECTED NAME...
+
+NAME is tiny, pause, eight, deep (128 layers), or one of those about layers: more (eight's and one more), aba (a layer, another,
+the first one again), empties (the empty layer five times), large (one layer with 96 MiB of noise), plain, docker, zstd (eight's
+layers as other media types).
 
 Every tar entry is written here, so that the tests know exactly what a container must see. What that
 is goes to EXPECTED/NAME.txt, in the form that the image's own /bin/listing prints. Only the standard
@@ -16,7 +20,9 @@ import json
 import os
 import platform
 import stat
+import random
 import struct
+import subprocess
 import sys
 import tarfile
 
@@ -274,12 +280,72 @@ def deep():
         yield layer
 
 
+def more():
+    yield from eight()
+    layer = Layer()
+    layer.file("data/hello", "nine\n")
+    layer.whiteout("data/changed")
+    layer.dir("data/remade", 0o711)
+    layer.opaque("data/remade")
+    layer.file("data/remade/newest", "once more")
+    yield layer
+
+
+def aba():
+    """Directories that change to and fro, and a file that comes back."""
+    for name in "ABA":
+        layer = base_layer("A\n") if name == "A" else Layer()
+        if name == "A":
+            layer.file("data/one", "of A")
+            layer.file("data/both", "of A", 0o600)
+        else:
+            layer.whiteout("data/one")
+            layer.file("data/both", "of B")
+            layer.file("data/two", "of B")
+        yield layer
+
+
+def empties():
+    yield base_layer("empties\n")
+    for number in range(5):
+        yield Layer()
+        if number == 2:
+            layer = Layer()
+            layer.file("data/between", "the empty ones")
+            yield layer
+
+
+def large():
+    layer = base_layer("large\n")
+    noise = random.Random(1)
+    for number in range(6):
+        layer.file(f"data/noise-{number}", noise.randbytes(16 << 20))
+    layer.file("data/program", "#!/bin/sh\ncd /data && sha256sum noise-*\n", 0o755)
+    yield layer
+
+
 WAIT = ["/bin/sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 1000 & wait $!; done"]
 IMAGES = {
     "tiny": (lambda: [base_layer("hello from tiny\n")], ["/bin/cat", "/data/hello"]),
     "pause": (lambda: [base_layer("pause\n")], WAIT),
     "eight": (eight, ["/bin/listing"]),
     "deep": (deep, ["/bin/cat", "/deep/top"]),
+    "more": (more, ["/bin/listing"]),
+    "aba": (aba, ["/bin/listing"]),
+    "empties": (empties, ["/bin/listing"]),
+    "large": (large, ["/bin/listing"]),
+    "plain": (eight, ["/bin/listing"]),
+    "docker": (eight, ["/bin/listing"]),
+    "zstd": (eight, ["/bin/listing"]),
+}
+
+OCI, DOCKER = "application/vnd.oci.image", "application/vnd.docker"
+# Media types of manifest, configuration and layers, and how a layer is packed.
+GZIP = (OCI + ".manifest.v1+json", OCI + ".config.v1+json", OCI + ".layer.v1.tar+gzip", lambda tar: gzip.compress(tar, 1, mtime=0))
+FORMS = {
+    "plain": (*GZIP[:2], OCI + ".layer.v1.tar", lambda tar: tar),
+    "zstd": (*GZIP[:2], OCI + ".layer.v1.tar+zstd", lambda tar: subprocess.run(["zstd", "-1qc"], input=tar, stdout=subprocess.PIPE, check=True).stdout),
+    "docker": (DOCKER + ".distribution.manifest.v2+json", DOCKER + ".container.image.v1+json", DOCKER + ".image.rootfs.diff.tar.gzip", GZIP[3]),
 }
 
 
@@ -304,20 +370,20 @@ class Registry:
             self.call("PUT", f"/{path}{'&' if '?' in path else '?'}digest={digest}", data, want=(201,))
         return {"mediaType": kind, "digest": digest, "size": len(data)}
 
-    def manifest(self, tag, data):
-        self.call("PUT", f"/v2/{self.name}/manifests/{tag}", data, "application/vnd.oci.image.manifest.v1+json", want=(201,))
+    def manifest(self, tag, data, kind):
+        self.call("PUT", f"/v2/{self.name}/manifests/{tag}", data, kind, want=(201,))
 
 
 def make(address, expected, name):
     layers, command = IMAGES[name]
+    manifest_kind, config_kind, layer_kind, pack = FORMS.get(name, GZIP)
     registry, tree = Registry(address, name), Tree()
     diff_ids, descriptors = [], []
     for layer in layers():
         tree.apply(layer)
         tar = layer.bytes()
         diff_ids.append("sha256:" + hashlib.sha256(tar).hexdigest())
-        packed = gzip.compress(tar, 1, mtime=0)
-        descriptors.append(registry.blob(packed, "application/vnd.oci.image.layer.v1.tar+gzip"))
+        descriptors.append(registry.blob(pack(tar), layer_kind))
     config = json.dumps({
         "architecture": ARCHITECTURES.get(platform.machine(), platform.machine()), "os": "linux",
         "config": {"Env": ["PATH=/bin:/usr/bin"], "Cmd": command, "WorkingDir": "/"},
@@ -325,11 +391,11 @@ def make(address, expected, name):
         "history": [{"created_by": f"mkimage.py {name}"} for _ in diff_ids],
     }).encode()
     manifest = json.dumps({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": registry.blob(config, "application/vnd.oci.image.config.v1+json"),
+        "schemaVersion": 2, "mediaType": manifest_kind,
+        "config": registry.blob(config, config_kind),
         "layers": descriptors,
     }).encode()
-    registry.manifest("1", manifest)
+    registry.manifest("1", manifest, manifest_kind)
     with open(os.path.join(expected, name + ".txt"), "w", encoding="utf-8") as out:
         out.write(tree.listing())
     print(f"{address}/{name}:1  {len(descriptors)} layers, {sum(d['size'] for d in descriptors)} bytes")

@@ -3,7 +3,7 @@
 
 nerdctl() {
     PATH="$TOOLS:$PATH" "$(tool_path "nerdctl-$NERDCTL_VERSION")/nerdctl" -a "$CONTAINERD_ADDRESS" \
-        --hosts-dir "$W/certs.d" --data-root "$W/nerdctl" --cgroup-manager cgroupfs --namespace "$WORLD-nerdctl" \
+        --hosts-dir "$N/certs.d" --data-root "$N/nerdctl" --cgroup-manager cgroupfs --namespace "$(node_daemon "$WORLD-nerdctl")" \
         --snapshotter "$SNAPSHOTTER" "$@"
 }
 # Without a network: no CNI plugins are needed, and none are touched.
@@ -91,7 +91,7 @@ END
 
 test_nerdctl_removal_leaves_nothing() {
     nerdctl images -q | sort -u | xargs -r -n 100 "$(tool_path "nerdctl-$NERDCTL_VERSION")/nerdctl" -a "$CONTAINERD_ADDRESS" \
-        --data-root "$W/nerdctl" --namespace "$WORLD-nerdctl" --snapshotter "$SNAPSHOTTER" rmi -f >/dev/null
+        --data-root "$N/nerdctl" --namespace "$(node_daemon "$WORLD-nerdctl")" --snapshotter "$SNAPSHOTTER" rmi -f >/dev/null
     remove_everything
     expect_nothing_left
 }

@@ -1,14 +1,6 @@
 # Daemons that end, cleanly or not, while containers run.
 # shellcheck shell=bash
 
-# restart_speedy [FLAG...]: with other flags or environment.
-restart_speedy() {
-    daemon_stop speedy "${SIGNAL:-TERM}"
-    start_speedy "$@"
-    # containerd tries again on its own, at most three seconds apart.
-    wait_for 10 "containerd to find Speedy again" ctr snapshots --snapshotter speedy ls
-}
-
 # expect_unharmed ID: the container runs as before, reads its image, and keeps what it wrote.
 expect_unharmed() {
     expect_equal RUNNING "$(task_state "$1")" "the state of $1"
@@ -31,7 +23,7 @@ expect_going_on() {
     ctr tasks kill -s SIGTERM "$1"
     wait_for 10 "the end of $1" task_stopped "$1"
     ctr tasks rm "$1"
-    ctr tasks start --null-io --fifo-dir "$W/fifo" -d "$1"
+    ctr tasks start --null-io --fifo-dir "$N/fifo" -d "$1"
     expect_equal kept "$(ctr_exec "$1" cat /data/kept)" "what $1 wrote, after its restart"
     ctr_remove "$1"
 }

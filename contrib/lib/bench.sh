@@ -1,0 +1,99 @@
+# What the benchmarks with real images share. Sourced after private.sh, link.sh and images.sh.
+# shellcheck shell=bash
+
+ROUNDS=3
+# Layers go with their images, so that each round begins with an empty node.
+export SPEEDY_LAYERS_BUDGET=0
+
+# record ROW COLUMN VALUE: one measurement.
+record() { printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$W/results"; }
+
+# table HEADING [OPTION...]: what was recorded as markdown; see bench.py.
+table() { python3 "$REPO/contrib/lib/bench.py" "$W/results" "$@"; }
+
+machine() {
+    say "containerd $CONTAINERD_VERSION, Linux $(uname -r), $(nproc) cores ($(cpu_features)), $(stat -f -c %T "$W"), load $(cut -d' ' -f1 /proc/loadavg)"
+}
+cpu_features() {
+    local flag found=''
+    for flag in sha_ni avx2 avx512f; do
+        if grep -qw "$flag" /proc/cpuinfo; then found+="${found:+, }$flag"; else found+="${found:+, }no $flag"; fi
+    done
+    printf '%s' "$found"
+}
+
+# seconds_of MS: for a number of milliseconds.
+seconds_of() { printf '%d.%03d' "$(($1 / 1000))" "$(($1 % 1000))"; }
+
+# timed COMMAND...: its milliseconds, on standard output; what it prints goes to a log.
+timed() {
+    local start
+    start=$(now_ms)
+    "$@" >>"$W/commands.log" 2>&1 || { tail -n 5 "$W/commands.log" >&2; return 1; }
+    printf '%d' "$(($(now_ms) - start))"
+}
+
+# cold: nothing waits to be written, and nothing of the disk is in memory but what the registry serves.
+cold() {
+    sync
+    echo 3 >/proc/sys/vm/drop_caches
+    [[ ! -d $W/registry ]] || find "$W/registry" -type f -size +64k -exec cat {} + >/dev/null
+}
+
+image() { printf '%s/%s:1' "$REGISTRY" "$1"; }
+status_of() { "$SPEEDY" status --json --address "$SPEEDY_ADDRESS" | jq -r "$1"; }
+published() { [[ $(status_of .publish.pending) == 0 ]]; }
+filled() { [[ $(status_of .layers.filling) == 0 ]]; }
+
+# pull_by CLIENT SNAPSHOTTER NAME
+pull_by() {
+    case $1 in
+        ctr) ctr images pull --hosts-dir "$N/certs.d" --snapshotter "$2" "$(image "$3")" ;;
+        nerdctl) nerdctl "$2" pull --quiet "$(image "$3")" ;;
+    esac
+}
+
+# nerdctl SNAPSHOTTER ARGUMENT...
+nerdctl() {
+    PATH="$TOOLS:$PATH" "$(tool_path "nerdctl-$NERDCTL_VERSION")/nerdctl" -a "$CONTAINERD_ADDRESS" \
+        --hosts-dir "$N/certs.d" --data-root "$N/nerdctl" --cgroup-manager cgroupfs --namespace "$(node_daemon "$WORLD-nerdctl")" \
+        --snapshotter "$1" "${@:2}"
+}
+
+# empty_node: no image, no content, no snapshot; waits until the space is free.
+empty_node() {
+    local namespace images
+    for namespace in $(namespaces); do
+        images=$(NAMESPACE=$namespace ctr images ls -q)
+        # shellcheck disable=SC2086 # a list of references without spaces
+        [[ -z $images ]] || NAMESPACE=$namespace ctr images rm --sync $images >>"$W/commands.log" 2>&1
+    done
+    wait_for 60 "the removed layers to go" nothing_is_there
+}
+nothing_is_there() {
+    [[ -z $(find "$N/lib/io.containerd.content.v1.content/blobs" -type f 2>/dev/null) ]] &&
+        [[ -z $(find "$SPEEDY_ROOT/layer" -type f 2>/dev/null) ]]
+}
+
+# ready SNAPSHOTTER NAME: an image that is not there is pulled and run; milliseconds until its first line, which must be "ready".
+ready() {
+    local start line end
+    start=$(now_ms)
+    exec {output}< <(nerdctl "$1" run --rm --net none --pull always --quiet --cgroup-parent "/$WORLD-nerdctl" "$(image "$2")" 2>>"$W/commands.log")
+    read -r line <&"$output" || true
+    end=$(now_ms)
+    cat <&"$output" >/dev/null
+    exec {output}<&-
+    [[ $line == *ready* ]] || { tail -n 5 "$W/commands.log" >&2; die "$2 on $1 printed: $line"; }
+    printf '%d' "$((end - start))"
+}
+
+# peak_memory: of this node's Speedy since it started, in MB.
+peak_memory() { awk '$1 == "VmHWM:" { printf "%d", $2 / 1000 }' "/proc/$(daemon_pid "$(node_daemon speedy)")/status"; }
+
+# start_store: a Ceph cluster that keeps everything in memory, as a store elsewhere would not need this machine's disk.
+start_store() {
+    "$REPO/contrib/ceph" start "$W/ceph" --memory >"$W/ceph.env"
+    # shellcheck source=/dev/null
+    . "$W/ceph.env"
+}

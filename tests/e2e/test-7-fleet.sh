@@ -1,0 +1,492 @@
+# Several nodes and one store: what one node pulled, the others run without the registry's layers; and every fault of the store
+# ends in the ordinary pull.
+# shellcheck shell=bash
+#
+# The first node pulls and publishes; node b is the other one. Its registry is behind a link that can refuse every layer.
+
+# --- node b takes everything from the store ---------------------------------------------------------------------------
+
+# expect_from_store CLIENT NAME LAYERS: node b, on which nothing is, runs it while the registry refuses every layer.
+expect_from_store() {
+    link_post reset "blobs?layers=refuse"
+    on b expect_listing "$1" "$2"
+    expect_no_layers_from_registry "$2 by $1"
+    expect_equal "$3" "$(on b layers_where '.origin == "fetched" and .state == "complete"')" "$2 by $1: layers from the store"
+    expect_equal 0 "$(($(on b applies image) + $(on b applies files) + $(on b applies known)))" "$2 by $1: layers that were applied"
+    link_post "blobs?layers=allow"
+}
+
+fleet_by() {
+    local store
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all pause more
+    expect_from_store "$1" more "$2"
+}
+test_fleet_by_ctr() { fleet_by ctr 9; }
+test_fleet_by_nerdctl() { fleet_by nerdctl 9; }
+test_fleet_by_crictl() { fleet_by crictl 10; }
+
+test_fleet_odd_chains() {
+    # A layer several times in one chain, the empty layer five times, 128 layers, 96 MiB in one.
+    local name
+    need_speedy
+    fresh_fleet "$(file_store)"
+    publish_all aba empties deep large
+    link_post reset "blobs?layers=refuse"
+    for name in aba empties deep large; do
+        on b expect_listing ctr "$name"
+        expect_no_layers_from_registry "$name"
+    done
+}
+
+test_fleet_takes_what_it_has() {
+    # Node b has eight's layers itself; of `more` it needs the ninth.
+    need_speedy
+    fresh_fleet "$(file_store)"
+    publish_all more
+    on b pull eight
+    link_post reset "blobs?layers=refuse"
+    on b expect_listing ctr more
+    expect_no_layers_from_registry more
+    expect_equal 9 "$(on b layers_where true)" "layers on node b"
+}
+
+test_fleet_by_hand() {
+    # policy "off": nothing is published until somebody says so, and then it is durable when the command returns.
+    local store
+    need_speedy
+    store=$(file_store)
+    fleet
+    SPEEDY_PUBLISH_POLICY=off fresh_speedy --store "$store"
+    pull eight
+    sleep 1
+    expect_equal 0 "$(find "${store#file://}" -path '*/refs/*' -type f | wc -l)" "refs on the store, with publish.policy = off"
+    publish "$(image eight)"
+    expect_equal 8 "$(find "${store#file://}" -path '*/refs/*' -type f | wc -l)" "refs on the store"
+    trusting fresh_b --store "$store"
+    expect_from_store ctr eight 8
+}
+publish() { "$SPEEDY" publish --address "$SPEEDY_ADDRESS" --containerd "$CONTAINERD_ADDRESS" --namespace "$(node_daemon "$WORLD")" "$@"; }
+
+test_fleet_publishes_what_containerd_unpacked() {
+    # Layers that the walking differ unpacked are published from containerd's content store.
+    need_speedy
+    fresh_fleet "$(file_store)"
+    use_differ walking
+    pull eight
+    expect_equal 0 "$(layers_where true)" "layer images with containerd's own differ"
+    publish "$(image eight)"
+    use_differ speedy
+    expect_from_store ctr eight 8
+}
+
+test_fleet_from_an_archive() {
+    # An image that was never in a containerd: an OCI layout, and a docker archive if skopeo is here to make one.
+    need_speedy
+    fresh_fleet "$(file_store)"
+    pull eight
+    ctr images export "$W/eight.tar" "$(image eight)"
+    remove_everything
+    mkdir -p "$W/layout"
+    tar -C "$W/layout" -xf "$W/eight.tar"
+    fresh_speedy --store "$(file_store)"
+    "$SPEEDY" publish --address "$SPEEDY_ADDRESS" --oci-layout "$W/layout" "$(image eight)"
+    trusting fresh_b --store "$(store_of)"
+    expect_from_store ctr eight 8
+    rm -rf "$W/layout" "$W/eight.tar"
+}
+# store_of: the URL that this node's Speedy has.
+store_of() { status_of .store.url; }
+
+test_fleet_two_publish_at_once() {
+    # Both nodes pull from the registry and publish the same layers at the same time; either's are good.
+    local store ours theirs
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    ours=$(public_key)
+    theirs=$(on b public_key)
+    on b pull large &
+    pull large
+    wait $!
+    on b wait_published
+    wait_published
+    SPEEDY_TRUST_KEYS=$theirs fresh_speedy --store "$store"
+    expect_listing ctr large
+    expect_equal 1 "$(layers_where '.origin == "fetched"')" "layers that the first node takes from the store"
+    SPEEDY_TRUST_KEYS=$ours fresh_b --store "$store"
+    expect_from_store ctr large 1
+}
+
+test_fleet_queue_survives() {
+    # The daemon is killed with layers in its queue, and the store is not there for a while: all of it is published in the end.
+    local store directory
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    directory=${store#file://}
+    mv "$directory" "$directory.away"
+    : >"$directory"
+    pull large
+    pull more
+    (($(status_of .publish.pending) > 0)) || fail "nothing is in the queue, although the store is a plain file"
+    SIGNAL=KILL restart_speedy --store "$store"
+    (($(status_of .publish.pending) > 0)) || fail "the queue did not survive"
+    rm "$directory"
+    mv "$directory.away" "$directory"
+    wait_published 120
+    expect_from_store ctr more 9
+}
+
+# --- trust ----------------------------------------------------------------------------------------------------------
+
+test_fleet_unknown_key() {
+    # Node b does not know the publisher: an ordinary pull, and the line to add; with that line, or --trust any, it is a hit.
+    local store
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all eight
+    fresh_b --store "$store"
+    on b expect_listing ctr eight
+    expect_equal 0 "$(on b layers_where '.origin == "fetched"')" "layers that were signed by an unknown key"
+    expect_contains "$(on b explain "$(image eight)" | tr -d '\\')" "$(public_key)" "explain names the key"
+    expect_contains "$(cat "$W/speedy-b.log")" "$(public_key)" "the log names the key"
+    fresh_b --store "$store" --trust any
+    expect_from_store ctr eight 8
+    expect_equal any "$(on b status_of .store.trust)" "status shows whom the node trusts"
+    trusting fresh_b --store "$store"
+    expect_from_store ctr eight 8
+}
+
+# --- a store that is wrong --------------------------------------------------------------------------------------------
+
+# An image on the store, and what the ordinary pull of it takes on node b, in milliseconds, without a store.
+measure_ordinary_pull() {
+    fresh_b
+    ORDINARY=$(milliseconds on b pull "$1")
+    fresh_b
+}
+
+# expect_ordinary_pull NAME WHAT: node b has nothing of it; it pulls from the registry, correctly, delayed by one time-out (five
+# seconds) at most.
+expect_ordinary_pull() {
+    local took
+    took=$(milliseconds on b pull "$1")
+    printf '%s: %d ms, %d without a store\n' "$2" "$took" "$ORDINARY"
+    ((took < ORDINARY + 5000 + 2000)) || fail "$2: the pull took $took ms, $ORDINARY without a store"
+    on b expect_listing ctr "$1"
+    expect_equal 0 "$(on b layers_where '.origin == "fetched"')" "$2: layers from the store"
+}
+
+test_fleet_wrong_format() {
+    # A store of a later format: refused, with the reason, and the pull is ordinary.
+    local store
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all eight
+    measure_ordinary_pull eight
+    jq '.format = 99' "${store#file://}/speedy.json" >"$W/speedy.json"
+    mv "$W/speedy.json" "${store#file://}/speedy.json"
+    trusting restart_b --store "$store"
+    expect_ordinary_pull eight "a store of format 99"
+    expect_contains "$(on b status_of '.store.state, .publish.problems[].message'; cat "$W/speedy-b.log")" "99" "what is said of the format"
+}
+
+test_fleet_directory_is_gone() {
+    local store
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all eight
+    measure_ordinary_pull eight
+    trusting restart_b --store "$store"
+    mv "${store#file://}" "${store#file://}.away"
+    expect_ordinary_pull eight "a store whose directory is gone"
+}
+
+# damage NODE-STORE PATTERN HOW: something about the objects that match, each: flip, truncate, remove; copies are kept.
+damage() {
+    local directory=${1#file://} file
+    find "$directory" -path "$2" -type f >"$W/damaged"
+    [[ -s $W/damaged ]] || fail "no object matches $2"
+    while read -r file; do
+        cp -p "$file" "$file.good"
+        chmod u+w "$file"
+        case $3 in
+            flip) python3 -c 'import sys
+with open(sys.argv[1], "r+b") as f:
+    f.seek(0, 2); at = f.tell() // 2; f.seek(at); byte = f.read(1); f.seek(at); f.write(bytes([byte[0] ^ 1]))' "$file" ;;
+            truncate) truncate -s "$(($(stat -c %s "$file") / 2))" "$file" ;;
+            remove) rm "$file" ;;
+        esac
+    done <"$W/damaged"
+}
+repair() {
+    local file
+    while read -r file; do mv -f "$file.good" "$file"; done <"$W/damaged"
+}
+
+test_fleet_damaged_index_or_ref() {
+    local store kind how
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all eight
+    measure_ordinary_pull eight
+    for kind in indexes refs; do
+        for how in flip truncate remove; do
+            trusting fresh_b --store "$store"
+            damage "$store" "*/$kind/*" "$how"
+            expect_ordinary_pull eight "every object below $kind: $how"
+            repair
+        done
+    done
+    trusting fresh_b --store "$store"
+    expect_from_store ctr eight 8
+}
+
+# data_chunks STORE: the largest chunks, which are file content and no metadata.
+data_chunk() { find "${1#file://}" -path '*/chunks/*' -type f -printf '%s %p\n' | sort -rn | sed -n '1s/^[0-9]* //p'; }
+
+test_fleet_chunk_is_missing() {
+    # Known before anything is promised: an ordinary pull.
+    local store chunk
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all large
+    chunk=$(data_chunk "$store")
+    measure_ordinary_pull large
+    trusting restart_b --store "$store"
+    damage "$store" "$chunk" remove
+    expect_ordinary_pull large "a store without one chunk"
+    expect_contains "$(on b explain "$(image large)"; cat "$W/speedy-b.log")" "$(basename "$chunk")" "explain or the log names the chunk"
+}
+
+test_fleet_chunk_is_damaged() {
+    # Seen only when it is fetched, after the layer was promised: no container starts on it, and the error says what is wrong.
+    # When the chunk is good again, everything works.
+    local store chunk how
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all large
+    chunk=$(data_chunk "$store")
+    for how in flip truncate; do
+        trusting fresh_b --store "$store"
+        damage "$store" "$chunk" "$how"
+        link_post "blobs?layers=refuse"
+        on b pull large
+        ! on b ctr_run --rm "$(image large)" "on-$how" /bin/true >"$W/error" 2>&1 || fail "a container starts on a chunk that is damaged ($how)"
+        expect_contains "$(cat "$W/error")" "$(basename "$chunk")" "the error names the chunk ($how)"
+        expect_contains "$(cat "$W/error")" "sha256:" "the error names the layer ($how)"
+        grep -qi 'unavailable' "$W/error" || { cat "$W/error" >&2; fail "the error is not: unavailable"; }
+        repair
+        on b again_by ctr large | LC_ALL=C sort >"$W/got.txt"
+        same_files "$W/expected/large.txt" "$W/got.txt" "after the repair the container sees something else than the image has"
+        link_post "blobs?layers=allow"
+    done
+}
+
+test_fleet_killed_while_fetching() {
+    # Node b dies by SIGKILL at several moments of a hit; what it has is good, and it goes on.
+    local store round puller
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all large more
+    trusting fresh_b --store "$store"
+    for round in 0 1 2 3 4 5; do
+        on b pull large >/dev/null 2>&1 &
+        puller=$!
+        sleep "0.$((round * 15 / 10))"
+        SIGNAL=KILL trusting restart_b --store "$store"
+        wait "$puller" || true
+    done
+    link_post "blobs?layers=refuse" reset
+    on b expect_listing ctr large
+    on b expect_listing nerdctl more
+    expect_equal 0 "$(on b layers_where '.state != "complete"')" "layers that are not complete"
+    on b store_is_consistent || fail "node b's store is not consistent"
+}
+
+test_fleet_full_disk_while_fetching() {
+    local store
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all large eight
+    on b daemon_stop speedy-b
+    truncate -s 80M "$W/small.ext4"
+    mkfs.ext4 -q "$W/small.ext4"
+    mount -o loop "$W/small.ext4" "$W/b/speedy"
+    trusting restart_b --store "$store"
+    ! on b run_by ctr large >"$W/error" 2>&1 || fail "100 MB fit on 80"
+    on b remove_everything
+    expect_from_store ctr eight 8
+    on b remove_everything
+    on b daemon_stop speedy-b
+    umount "$W/b/speedy"
+    rm "$W/small.ext4"
+    trusting restart_b --store "$store"
+}
+
+test_fleet_removed_leaves_nothing() {
+    local store
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all more large
+    SPEEDY_LAYERS_BUDGET=0 trusting fresh_b --store "$store"
+    expect_from_store ctr more 9
+    on b pull large
+    # Also one whose data nobody waited for.
+    on b remove_everything
+    on b expect_nothing_left
+    wait_for 20 "an empty cache" on b no_layers || fail "layers are left on node b"
+    expect_equal 0 "$(on b loops)" "loop devices of layers"
+}
+
+# --- Ceph -----------------------------------------------------------------------------------------------------------
+
+# ceph_fleet NAME...: both nodes on a new prefix of the cluster, through the link, and the images published.
+ceph_fleet() {
+    ceph_store
+    through_link fresh_fleet "$SPEEDY_STORE"
+    publish_all "$@"
+}
+
+test_ceph_by_every_client() {
+    local client
+    ceph_fleet pause more
+    for client in ctr local nerdctl crictl; do
+        through_link trusting fresh_b --store "$SPEEDY_STORE"
+        expect_from_store "$client" more "$([[ $client == crictl ]] && echo 10 || echo 9)"
+    done
+}
+
+# ceph_faults FAULT...: with each, the ordinary pull works, one time-out later at most; without, the layers come from the store.
+ceph_faults() {
+    local fault
+    ceph_fleet eight
+    measure_ordinary_pull eight
+    for fault in "$@"; do
+        store_fault none
+        through_link trusting fresh_b --store "$SPEEDY_STORE"
+        case $fault in
+            status=*) store_fault status "$fault" ;;
+            slow=*) store_fault slow "wait=${fault#slow=}" ;;
+            *=*) store_fault "${fault%=*}" "after=${fault#*=}" ;;
+            *) store_fault "$fault" ;;
+        esac
+        expect_ordinary_pull eight "a store with the fault $fault"
+    done
+    store_fault none
+    through_link trusting fresh_b --store "$SPEEDY_STORE"
+    expect_from_store ctr eight 8
+}
+test_ceph_is_down() { ceph_faults refuse blackhole reset; }
+test_ceph_is_slow() { ceph_faults slow=5s slow=30s stall=1000; }
+test_ceph_refuses_and_fails() { ceph_faults status=500 status=503 status=403; }
+test_ceph_cuts_answers_short() { ceph_faults truncate=200 reset=200; }
+
+test_ceph_answers_are_damaged_on_the_way() {
+    # One bit in each longer answer is wrong, for a while: nothing wrong is used, and when it is over the layer is there.
+    ceph_fleet large
+    measure_ordinary_pull large
+    through_link trusting fresh_b --store "$SPEEDY_STORE"
+    store_fault flip after=20000
+    on b pull large
+    on b again_by ctr large 2>"$W/error" | LC_ALL=C sort >"$W/got.txt" || true
+    [[ ! -s $W/got.txt ]] || same_files "$W/expected/large.txt" "$W/got.txt" "the container saw damaged bytes"
+    store_fault none
+    on b again_by ctr large | LC_ALL=C sort >"$W/got.txt"
+    same_files "$W/expected/large.txt" "$W/got.txt" "after the fault the container sees something else than the image has"
+}
+
+test_ceph_wrong_credentials() {
+    ceph_fleet eight
+    measure_ordinary_pull eight
+    AWS_SECRET_ACCESS_KEY=wrong through_link trusting restart_b --store "$SPEEDY_STORE"
+    expect_ordinary_pull eight "a store that refuses the credentials"
+    expect_contains "$(on b status_of .store.state; cat "$W/speedy-b.log")" "403" "what is said of the credentials"
+}
+
+test_ceph_removal_during_a_slow_hit() {
+    # containerd's collector waits for every Prepare: a store that answers slowly must not hold up anybody else.
+    local took slowest=0 puller round
+    ceph_fleet eight large
+    through_link trusting fresh_b --store "$SPEEDY_STORE"
+    on b pull tiny
+    store_fault slow wait=2s
+    on b pull eight >"$W/slow.log" 2>&1 &
+    puller=$!
+    sleep 0.5
+    on b ctr images rm --sync "$(image tiny)" >/dev/null &
+    for round in 1 2 3 4 5; do
+        took=$(milliseconds on b ctr snapshots --snapshotter speedy prepare "beside-$round")
+        ((took <= slowest)) || slowest=$took
+        on b ctr snapshots --snapshotter speedy rm "beside-$round"
+        sleep 0.3
+    done
+    wait "$puller"
+    printf 'the slowest Prepare beside a slow hit took %d ms\n' "$slowest"
+    ((slowest < 1000)) || fail "a Prepare beside a slow hit took $slowest ms"
+    store_fault none
+    on b expect_listing ctr eight
+}
+
+test_ceph_osd_dies_while_publishing_and_fetching() {
+    ceph_store
+    through_link fresh_fleet "$SPEEDY_STORE"
+    pull large
+    "$REPO/contrib/ceph" kill-osd "$W/ceph" 1
+    wait_published 120
+    "$REPO/contrib/ceph" restart-osd "$W/ceph" 1
+    link_post reset "blobs?layers=refuse" "link?mbit=200"
+    on b pull large
+    "$REPO/contrib/ceph" kill-osd "$W/ceph" 2
+    on b again_by ctr large | LC_ALL=C sort >"$W/got.txt"
+    same_files "$W/expected/large.txt" "$W/got.txt" "the container sees something else than the image has"
+    expect_no_layers_from_registry large
+    "$REPO/contrib/ceph" restart-osd "$W/ceph" 2
+}
+
+test_ceph_cluster_stops_and_starts() {
+    # While it is down pulls are ordinary and what is new waits in the queue; afterwards everything is as if it had not been.
+    ceph_fleet eight
+    measure_ordinary_pull eight
+    through_link trusting restart_b --store "$SPEEDY_STORE"
+    "$REPO/contrib/ceph" stop-all "$W/ceph"
+    expect_ordinary_pull eight "a cluster that is down"
+    pull more
+    (($(status_of .publish.pending) > 0)) || fail "nothing is in the queue, although the cluster is down"
+    "$REPO/contrib/ceph" start-all "$W/ceph" >/dev/null
+    wait_published 120
+    through_link trusting fresh_b --store "$SPEEDY_STORE"
+    expect_from_store ctr more 9
+}
+
+test_ceph_read_only_credentials() {
+    # A node that only reads needs no right to write.
+    ceph_fleet eight
+    eval "$("$REPO/contrib/ceph" env "$W/ceph" --reader | grep KEY)"
+    SPEEDY_PUBLISH_POLICY=off through_link trusting fresh_b --store "$SPEEDY_STORE"
+    expect_from_store ctr eight 8
+}
+
+test_fleet_ends() {
+    need_speedy
+    if [[ -d $W/b ]]; then
+        on b cri_reset
+        on b remove_everything
+        on b node_remove
+        daemon_stop link
+    fi
+    if [[ -e $W/ceph/complete ]]; then "$REPO/contrib/ceph" stop "$W/ceph"; fi
+    fresh_speedy
+}
