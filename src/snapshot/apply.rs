@@ -215,8 +215,8 @@ impl Applier {
         let Some(id) = ids.first().copied() else { return Err(SnapshotError::ShuttingDown) };
         let made = self.try_make_image(job, layers, id).await;
         let used = made.as_ref().is_ok_and(|(_, layer)| layer.id == id);
-        if !used && let Err(error) = self.meta.discard(vec![id]).await {
-            tracing::warn!(serial = id.serial, %error, "an unused id stays until the next start");
+        if !used {
+            self.meta.give_up(id).await;
         }
         made.map(|(applied, _)| applied)
     }

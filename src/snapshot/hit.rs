@@ -173,7 +173,7 @@ impl Hits {
         }
         let unused = reserved.lock().take();
         if let (Err(_), Some(id)) = (&found, unused) {
-            self.give_up(id).await;
+            self.meta.give_up(id).await;
         }
         found
     }
@@ -251,13 +251,6 @@ impl Hits {
         match missing.first() {
             None => Ok(()),
             Some(first) => Err(HitError::Incomplete { missing: missing.len(), first: first.id }),
-        }
-    }
-
-    /// An Id that no record uses is freed with what it holds.
-    pub(super) async fn give_up(&self, id: Id) {
-        if let Err(error) = self.meta.discard(vec![id]).await {
-            tracing::warn!(serial = id.serial, %error, "an unused id stays until the next start");
         }
     }
 

@@ -391,7 +391,7 @@ impl Snapshotter {
                 None => Err(SnapshotError::NotFound { key: record.info.name.clone() }),
             },
             Err(error) => {
-                self.stock.discard(id).await;
+                self.meta.give_up(id).await;
                 Err(error)
             }
         }

@@ -52,20 +52,13 @@ impl Stock {
         }
     }
 
-    /// An Id that was taken and that no snapshot will use.
-    pub async fn discard(&self, id: Id) {
-        if let Err(error) = self.meta.discard(vec![id]).await {
-            tracing::warn!(serial = id.serial, %error, "an unused id stays until the next start");
-        }
-    }
-
     async fn make_one(&self) -> Result<Id, SnapshotError> {
         let ids = self.meta.reserve(1).await?;
         let made = self.make_storage(ids.clone()).await;
         match (ids.first(), made) {
             (Some(id), Ok(())) => Ok(*id),
             (Some(id), Err(error)) => {
-                self.discard(*id).await;
+                self.meta.give_up(*id).await;
                 Err(error)
             }
             (None, _) => Err(DriverError::Unsupported("no id was reserved".into()).into()),

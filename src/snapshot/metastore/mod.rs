@@ -409,6 +409,13 @@ impl MetaStore {
         self.submit(Room::Frees, move |db, _| tables::discard(db, &ids)).await
     }
 
+    /// The same for one Id, where the caller has something else to answer: what cannot be recorded now is done by the next start.
+    pub async fn give_up(&self, id: Id) {
+        if let Err(error) = self.discard(vec![id]).await {
+            tracing::warn!(serial = id.serial, %error, "an unused id stays until the next start");
+        }
+    }
+
     /// The storage of these Ids is freed (M4): they are gone.
     pub async fn forget(&self, ids: Vec<Id>) -> Result<(), SnapshotError> {
         self.submit(Room::Frees, move |db, _| tables::forget(db, &ids)).await

@@ -5,8 +5,7 @@ use std::sync::Arc;
 use super::Snapshotter;
 use crate::content::memory::{Layer, MemoryError};
 use crate::driver::Id;
-use crate::oci::ChainId;
-use crate::snapshot::hit::{Hit, HitError};
+use crate::snapshot::hit::HitError;
 use crate::snapshot::metastore::{Adopted, LayerChoice, NewSnapshot, Record};
 use crate::snapshot::remote::{self, LayerRequest};
 use crate::snapshot::snapshotter::Sharing;
@@ -52,42 +51,51 @@ impl Snapshotter {
         if let Some(layer) = listed {
             return match there {
                 Some(record) => Ok(Some(record.info.name.clone())),
-                None => self.adopt_tree(&request.chain, layer, parent, labels).await.map(Some),
+                None => {
+                    let id = self.stock.take().await?;
+                    let filled = self.fill_layer(id, layer, parent).await;
+                    let adopted =
+                        self.adopt(id, filled.map(|()| LayerChoice::Own), request, parent, labels).await;
+                    Ok(Some(adopted?.info.name.clone()))
+                }
             };
         }
         let Some(hits) = &self.hits else { return Ok(None) };
         let Some(hit) = hits.find(&request.chain).await? else { return Ok(None) };
         let adopted = match there {
             Some(record) => Ok(record),
-            None => self.adopt_hit(&request.chain, &hit, parent, labels).await,
+            None => match self.stock.take().await {
+                Ok(id) => self.adopt(id, Ok(hit.layer.clone()), request, parent, labels).await,
+                Err(error) => Err(error),
+            },
         };
         // Recorded by somebody else meanwhile, or not at all.
         let used = adopted.as_ref().ok().and_then(|record| record.layer);
         if let Some(id) = hit.reserved.filter(|id| used != Some(id.serial)) {
-            hits.give_up(id).await;
+            self.meta.give_up(id).await;
         }
         let record = adopted?;
         hits.adopted(&record, hit.reserved);
         Ok(Some(record.info.name.clone()))
     }
 
-    /// The committed snapshot of a layer that the store has.
-    async fn adopt_hit(
+    /// Records the committed snapshot of `id` that answers the request and consists of `layer`, unless another does by now.
+    async fn adopt(
         &self,
-        chain: &ChainId,
-        hit: &Hit,
+        id: Id,
+        layer: Result<LayerChoice, SnapshotError>,
+        request: &LayerRequest,
         parent: Option<&Key>,
         labels: &Labels,
-    ) -> Result<Arc<Record>, LayerError> {
-        let id = self.stock.take().await?;
-        let adopted = match Key::new(&remote::committed_name(id.serial, chain)) {
-            Ok(key) => {
+    ) -> Result<Arc<Record>, SnapshotError> {
+        let adopted = match (layer, Key::new(&remote::committed_name(id.serial, &request.chain))) {
+            (Ok(layer), Ok(key)) => {
                 let (parent, labels) = (parent.cloned(), labels.clone());
                 let new =
                     NewSnapshot { id, key, parent, kind: Kind::Committed, labels, now: Timestamp::now() };
-                self.meta.adopt(new, chain.to_string(), hit.layer.clone()).await
+                self.meta.adopt(new, request.chain.to_string(), layer).await
             }
-            Err(error) => Err(error),
+            (Err(error), _) | (_, Err(error)) => Err(error),
         };
         match adopted {
             Ok(Adopted::Created(record)) => {
@@ -95,46 +103,12 @@ impl Snapshotter {
                 Ok(record)
             }
             Ok(Adopted::AlreadyThere(record)) => {
-                self.stock.discard(id).await;
+                self.meta.give_up(id).await;
                 Ok(record)
             }
             Err(error) => {
-                self.stock.discard(id).await;
-                Err(error.into())
-            }
-        }
-    }
-
-    async fn adopt_tree(
-        &self,
-        chain: &ChainId,
-        layer: Layer,
-        parent: Option<&Key>,
-        labels: &Labels,
-    ) -> Result<Key, LayerError> {
-        let id = self.stock.take().await?;
-        let adopted = match self.fill_layer(id, layer, parent).await {
-            Ok(()) => {
-                let key = Key::new(&remote::committed_name(id.serial, chain))?;
-                let (parent, labels) = (parent.cloned(), labels.clone());
-                let new =
-                    NewSnapshot { id, key, parent, kind: Kind::Committed, labels, now: Timestamp::now() };
-                self.meta.adopt(new, chain.to_string(), LayerChoice::Own).await
-            }
-            Err(error) => Err(error),
-        };
-        match adopted {
-            Ok(Adopted::Created(record)) => {
-                self.committed.notify_one();
-                Ok(record.info.name.clone())
-            }
-            Ok(Adopted::AlreadyThere(record)) => {
-                self.stock.discard(id).await;
-                Ok(record.info.name.clone())
-            }
-            Err(error) => {
-                self.stock.discard(id).await;
-                Err(error.into())
+                self.meta.give_up(id).await;
+                Err(error)
             }
         }
     }
