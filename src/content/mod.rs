@@ -111,6 +111,19 @@ pub enum ContentError {
     Cancelled,
 }
 
+impl ContentError {
+    /// Whether nobody answers: what is asked next gets no answer either.
+    pub fn is_outage(&self) -> bool {
+        match self {
+            ContentError::TooLate | ContentError::Object(ObjectError::Unreachable(_)) => true,
+            ContentError::Chunk(ChunkError::Store { source, .. }) => {
+                matches!(source, ObjectError::Unreachable(_))
+            }
+            _ => false,
+        }
+    }
+}
+
 /// How the store is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {

@@ -1,7 +1,9 @@
 //! The circuit breaker: a store that does not answer is left alone for a while, and its users are told at once.
 //!
 //! *closed*: everything passes. *open*: nothing passes until a time. *probing*: that time has come and one request is under
-//! way to see whether the store is back; everything else is refused meanwhile. Whatever the store answers, an object or "there
+//! way to see whether the store is back; everything else waits for what it finds. (Were it refused meanwhile, callers of which
+//! several fail together at the first error would give up their own probe, every time, and the store would never be found
+//! to be back.) Whatever the store answers, an object or "there
 //! is none" or "you may not", shows that it is there; only silence and garbage count against it.
 //!
 //! Who cannot go on without the store ([`Patience::UntilDeadline`]) tries again sooner than who can.
@@ -18,7 +20,7 @@ const FAILURES: u32 = 8;
 const FIRST_REST: Duration = Duration::from_secs(15);
 /// For those who wait for the store.
 const SHORT_REST: Duration = Duration::from_secs(5);
-const LONGEST_REST: Duration = Duration::from_secs(60);
+const LONGEST_REST: Duration = Duration::from_secs(30);
 /// How soon to ask again while somebody else's probe is under way.
 const PROBE_POLL: Duration = Duration::from_millis(100);
 
@@ -46,6 +48,8 @@ pub(super) struct Refused {
     pub(super) again: Instant,
     /// What opened it.
     pub(super) why: String,
+    /// A probe is under way, so that this will be known soon.
+    pub(super) probing: bool,
 }
 
 /// Leave to make one request; what came of it is told by [`Pass::answered`] or [`Pass::failed`].
@@ -108,15 +112,15 @@ impl Breaker {
 impl Inner {
     fn refusal(&self, patience: Patience) -> Option<Refused> {
         let now = Instant::now();
-        let (again, why) = match &self.state {
+        let (again, why, probing) = match &self.state {
             State::Closed { .. } => return None,
             State::Open { since, rest, why } => match patience {
-                Patience::None => (*since + *rest, why),
-                Patience::UntilDeadline => (*since + SHORT_REST.min(*rest), why),
+                Patience::None => (*since + *rest, why, false),
+                Patience::UntilDeadline => (*since + SHORT_REST.min(*rest), why, false),
             },
-            State::Probing { why, .. } => (now + PROBE_POLL, why),
+            State::Probing { why, .. } => (now + PROBE_POLL, why, true),
         };
-        (now < again).then(|| Refused { again, why: why.clone() })
+        (now < again).then(|| Refused { again, why: why.clone(), probing })
     }
 
     fn open(&mut self, why: &str) {

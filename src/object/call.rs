@@ -145,7 +145,7 @@ impl Conduct {
     }
 
     async fn wait_out(&self, call: &Call<'_>, refused: Refused) -> Result<(), ObjectError> {
-        if call.patience == Patience::UntilDeadline {
+        if refused.probing || call.patience == Patience::UntilDeadline {
             sleep_until(refused.again.min(call.deadline)).await;
             if Instant::now() < call.deadline {
                 return Ok(());

@@ -274,6 +274,20 @@ async fn an_unreachable_store_costs_one_time_out() {
     assert_eq!(objects.stats().resting, None);
 }
 
+/// A cluster that had been stopped was never found to be back: of the requests of one publish the first was the probe, the others
+/// were refused, and their error cancelled the probe.
+#[tokio::test(start_paused = true)]
+async fn requests_that_fail_together_do_not_take_the_probe_with_them() {
+    let (store, objects) = faulty(options()).await;
+    store.always(Fault::Broken);
+    objects.get("a", 100).await.unwrap_err();
+    store.always(Fault::Late(Duration::from_millis(50)));
+    sleep(objects.stats().resting.unwrap()).await;
+    let both = tokio::try_join!(objects.get("a", 100), objects.get("a", 100));
+    assert!(both.is_ok(), "{both:?}");
+    assert_eq!(objects.stats().resting, None);
+}
+
 #[tokio::test(start_paused = true)]
 async fn who_needs_the_object_waits_for_the_store() {
     let (store, objects) = faulty(options()).await;

@@ -37,6 +37,9 @@ use crate::oci::ChainId;
 /// The longest time between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
+/// The same while the store does not answer: asking costs little then, the object store's breaker answers most of the time.
+const OUTAGE_PAUSE: Duration = Duration::from_secs(10);
+
 /// How often a blob that is not there is looked for: containerd labels it only after the commit.
 const PATIENCE: u32 = 4;
 
@@ -49,6 +52,12 @@ enum PublishError {
     Snapshot(#[from] SnapshotError),
     #[error(transparent)]
     Blob(#[from] BlobError),
+}
+
+impl PublishError {
+    fn is_outage(&self) -> bool {
+        matches!(self, PublishError::Content(error) if error.is_outage())
+    }
 }
 
 /// What the publisher has done since it began.
@@ -191,7 +200,8 @@ impl Publisher {
             Err(error) => {
                 self.counts.lock().failures += 1;
                 let attempts = entry.attempts.saturating_add(1);
-                let pause = Duration::from_secs(1 << attempts.min(9)).min(LONGEST_PAUSE);
+                let longest = if error.is_outage() { OUTAGE_PAUSE } else { LONGEST_PAUSE };
+                let pause = Duration::from_secs(1 << attempts.min(9)).min(longest);
                 self.due.lock().insert(chain.clone(), Instant::now() + pause);
                 tracing::warn!(%chain, %error, attempts, again_in = ?pause, "cannot publish a layer yet");
                 let message = error.to_string();
