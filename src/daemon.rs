@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::{Config, DriverKind, LayerSharing};
 use crate::containerd;
 use crate::containerd::blob::Blobs;
+use crate::containerd::events::Noticed;
 use crate::content::ContentError;
 use crate::content::memory::MemoryError;
 use crate::content::trust::{KEY_FILE, KeyError};
@@ -177,10 +178,13 @@ fn spawn_work(
 ) {
     let (work, work_stop) = (Arc::clone(snapshotter), stop.clone());
     background.spawn(async move { work.run(work_stop).await });
-    background.spawn(containerd::watch(config.containerd.clone(), stop.clone()));
-    let hurried = Arc::clone(snapshotter);
-    let hurry = move || hurried.hurry();
-    background.spawn(containerd::events::watch_removals(config.containerd.clone(), hurry, stop.clone()));
+    let watching = Arc::clone(snapshotter);
+    let tell = move |noticed: Noticed<'_>| match noticed {
+        Noticed::There(version) => watching.containerd_is(Some(version)),
+        Noticed::Gone => watching.containerd_is(None),
+        Noticed::Removal => watching.hurry(),
+    };
+    background.spawn(containerd::events::watch(config.containerd.clone(), tell, stop.clone()));
 }
 
 /// Serves until told to stop; then takes the socket away, so that nobody new comes, and waits for those that are there, but not

@@ -1,42 +1,81 @@
-//! containerd's events, as far as they say that its collector is about to run.
+//! What is noticed of containerd while it runs: which version it is, and that its collector is about to run.
 //!
 //! An image's removal is published before the collection it causes. The collector waits for every Prepare that is under way, and
 //! everybody else waits for the collector, so whoever waits for the store in a Prepare is told to come to an end.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use super::ContainerdError;
 use crate::proto::containerd::services::events::v1::SubscribeRequest;
 use crate::proto::containerd::services::events::v1::events_client::EventsClient;
 
-/// How long to wait before asking again after containerd went away.
-const PAUSE: Duration = Duration::from_secs(2);
-/// What is removed before a collection.
+/// How long to wait before asking again after containerd went away, first and at most.
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+const LAST_RETRY: Duration = Duration::from_secs(2);
+/// What is published right before a collection. What the collector itself removes is published too: that tells nothing new, and
+/// costs only a lookup that is slow anyway.
 const REMOVALS: [&str; 3] =
     ["topic==\"/images/delete\"", "topic==\"/snapshot/remove\"", "topic==\"/containers/delete\""];
 
-/// Calls `removed` whenever something was removed that containerd's collector will look at, until `stop`.
-pub async fn watch_removals(socket: PathBuf, removed: impl Fn() + Send, stop: CancellationToken) {
+/// What is noticed of containerd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Noticed<'a> {
+    /// It is there, of this version, such as `v2.4.2`.
+    There(&'a str),
+    /// It went away; what comes back may be another version.
+    Gone,
+    /// Something was removed: its collector is about to run.
+    Removal,
+}
+
+/// Tells what is noticed, as it happens, until `stop`; and in the log when containerd comes and goes.
+pub async fn watch(socket: PathBuf, tell: impl Fn(Noticed<'_>) + Send, stop: CancellationToken) {
+    let mut known: Option<String> = None;
+    let mut wait = FIRST_RETRY;
     loop {
-        let watched = async {
-            let channel = super::connect(&socket).await.ok()?;
-            let filters = REMOVALS.map(str::to_owned).to_vec();
-            let events = EventsClient::new(channel).subscribe(SubscribeRequest { filters }).await.ok()?;
-            let mut events = events.into_inner();
-            while let Ok(Some(_)) = events.message().await {
-                removed();
-            }
-            Some(())
+        let watched = tokio::select! {
+            () = stop.cancelled() => return,
+            watched = watch_one(&socket, &tell, &mut known) => watched,
         };
-        tokio::select! {
-            () = stop.cancelled() => return,
-            _ = watched => {}
+        tell(Noticed::Gone);
+        match watched {
+            Ok(()) => wait = FIRST_RETRY,
+            Err(error) => {
+                if known.take().is_some() {
+                    tracing::warn!(%error, "containerd went away; snapshots are served as before");
+                }
+            }
         }
         tokio::select! {
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(PAUSE) => {}
+            () = tokio::time::sleep(wait) => {}
         }
+        wait = (wait * 2).min(LAST_RETRY);
     }
+}
+
+/// One connection, until it ends: without an error if containerd answered on it.
+async fn watch_one(
+    socket: &Path,
+    tell: &(impl Fn(Noticed<'_>) + Send),
+    known: &mut Option<String>,
+) -> Result<(), ContainerdError> {
+    let channel = super::connect(socket).await?;
+    let version = super::version_of(channel.clone()).await?;
+    tell(Noticed::There(&version));
+    if known.as_ref() != Some(&version) {
+        tracing::info!(%version, socket = %socket.display(), "containerd is there");
+        *known = Some(version);
+    }
+    // containerd's answer begins with the first event, so this waits for it.
+    let filters = REMOVALS.map(str::to_owned).to_vec();
+    let mut events = EventsClient::new(channel).subscribe(SubscribeRequest { filters }).await?.into_inner();
+    while let Ok(Some(event)) = events.message().await {
+        tracing::debug!(topic = event.topic, namespace = event.namespace, "containerd is about to collect");
+        tell(Noticed::Removal);
+    }
+    Ok(())
 }

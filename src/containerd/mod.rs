@@ -1,6 +1,6 @@
 //! containerd, seen as its client.
 //!
-//! **What.** Which version answers ([`version`], [`watch`]); and in one of its namespaces ([`Containerd`]) its images ([`image`]),
+//! **What.** Which version answers ([`version`]), and what it is about to do ([`events`]); and in one of its namespaces ([`Containerd`]) its images ([`image`]),
 //! blobs ([`content`]) and leases ([`lease`]). [`manifest`] are OCI's documents, wherever they come from.
 //!
 //! **Where.** Called by `daemon`, `service` and `cli`. Optional at every moment: containerd starts after us, restarts, or is not
@@ -12,10 +12,9 @@
 //! **When it fails.** [`ContainerdError`] tells nobody there, no such thing and everything else apart. Every call but the stream
 //! of a blob's bytes ends within [`TIMEOUT`].
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use tokio_util::sync::CancellationToken;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint};
 
@@ -37,8 +36,6 @@ const LEASE_HEADER: &str = "containerd-lease";
 const MESSAGE_LIMIT: usize = 16 << 20;
 /// How long one call may take.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
-const FIRST_RETRY: Duration = Duration::from_secs(1);
-const LAST_RETRY: Duration = Duration::from_secs(60);
 
 /// Why containerd did not give what was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -161,35 +158,17 @@ fn found<T>(answer: Result<tonic::Response<T>, tonic::Status>) -> Result<Option<
 
 /// The version that answers on the socket, such as `v2.4.2`.
 pub async fn version(socket: &Path) -> Result<String, ContainerdError> {
-    let mut client = VersionClient::new(connect(socket).await?);
-    let mut request = tonic::Request::new(());
-    request.set_timeout(TIMEOUT);
-    Ok(client.version(request).await?.into_inner().version)
+    version_of(connect(socket).await?).await
 }
 
-/// Reports in the log which containerd is there, now and whenever that changes, until `stop`.
-pub async fn watch(socket: PathBuf, stop: CancellationToken) {
-    let mut known: Option<String> = None;
-    let mut wait = FIRST_RETRY;
-    loop {
-        match version(&socket).await {
-            Ok(version) if known.as_ref() != Some(&version) => {
-                tracing::info!(%version, socket = %socket.display(), "containerd is there");
-                known = Some(version);
-                wait = LAST_RETRY;
-            }
-            Ok(_) => wait = LAST_RETRY,
-            Err(error) => {
-                if known.take().is_some() {
-                    tracing::warn!(%error, "containerd went away; snapshots are served as before");
-                    wait = FIRST_RETRY;
-                }
-                wait = (wait * 2).min(LAST_RETRY);
-            }
-        }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(wait) => {}
-        }
-    }
+async fn version_of(channel: Channel) -> Result<String, ContainerdError> {
+    let mut request = tonic::Request::new(());
+    request.set_timeout(TIMEOUT);
+    Ok(VersionClient::new(channel).version(request).await?.into_inner().version)
+}
+
+/// Major and minor number of a version; `None` if it has none.
+pub fn numbers(version: &str) -> Option<(u32, u32)> {
+    let mut parts = version.trim_start_matches('v').split(['.', '-', '+', '~']);
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }

@@ -45,6 +45,7 @@ impl ControlService {
         StatusReport {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             root: about.root.clone(),
+            containerd: self.snapshotter.containerd_version(),
             layer_images: about.layer_images.clone(),
             snapshots: self.snapshotter.snapshot_numbers(),
             layers: self.snapshotter.layer_numbers(),

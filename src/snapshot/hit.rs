@@ -16,21 +16,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::layers::Layers;
 use super::metastore::{LayerChoice, LayerRecord, MetaStore, NewLayer, Origin, Progress, Record};
 use super::stock::blocking;
 use super::{SnapshotError, Timestamp};
-use crate::chunk::{ChunkError, ChunkRef};
+use crate::chunk::ChunkRef;
 use crate::content::index::LayerIndex;
 use crate::content::{ContentError, ContentStore, Lookup};
 use crate::driver::Id;
 use crate::image::check;
 use crate::layer::LayerError;
 use crate::layer::fill::{FillProgress, Start, Target};
-use crate::object::ObjectError;
 use crate::oci::ChainId;
 
 /// Layers with less data than this are fetched whole before they are answered.
@@ -38,7 +37,7 @@ const SMALL: u64 = 4 * 1024 * 1024;
 /// How long the store is left alone after a deadline has passed.
 const REST: Duration = Duration::from_secs(30);
 /// How long a Prepare may still take once containerd's collector waits for it.
-const HURRY: Duration = Duration::from_millis(300);
+const HURRY: Duration = Duration::from_millis(600);
 
 /// How many answers are remembered.
 const ANSWERS: usize = 4096;
@@ -62,6 +61,8 @@ pub(super) enum HitError {
     Late(Duration),
     #[error("the store was late a moment ago and is left alone for a while")]
     Resting,
+    #[error("it was asked for without the layers below it")]
+    Detached,
     #[error("containerd wants to collect: no more time for the store")]
     Hurried,
 }
@@ -69,11 +70,9 @@ pub(super) enum HitError {
 impl HitError {
     /// Whether the next layer had better not ask: the time is over, or nobody answers.
     fn is_outage(&self) -> bool {
-        let unreachable = |error: &ObjectError| matches!(error, ObjectError::Unreachable(_));
         match self {
-            HitError::Late(_) | HitError::Content(ContentError::TooLate) => true,
-            HitError::Content(ContentError::Object(error)) => unreachable(error),
-            HitError::Content(ContentError::Chunk(ChunkError::Store { source, .. })) => unreachable(source),
+            HitError::Late(_) => true,
+            HitError::Content(error) => error.is_outage(),
             _ => false,
         }
     }
@@ -87,7 +86,7 @@ pub(super) struct Hits {
     content: Arc<ContentStore>,
     deadline: Duration,
     rest_until: Mutex<Option<Instant>>,
-    hurry: Notify,
+    hurry: watch::Sender<Option<Instant>>,
     answers: Mutex<Answers>,
 }
 
@@ -126,14 +125,14 @@ impl Hits {
         content: Arc<ContentStore>,
         deadline: Duration,
     ) -> Hits {
-        let (rest_until, hurry, answers) = (Mutex::default(), Notify::new(), Mutex::default());
+        let (rest_until, hurry, answers) = (Mutex::default(), watch::Sender::new(None), Mutex::default());
         Hits { meta, layers, content, deadline, rest_until, hurry, answers }
     }
 
     /// containerd is about to collect: who waits for the store gives up soon, so that the collector, and everybody behind it,
     /// does not wait for them.
     pub(super) fn hurry(&self) {
-        self.hurry.notify_waiters();
+        self.hurry.send_replace(Some(Instant::now() + HURRY));
     }
 
     /// What came of the last lookup of this chain.
@@ -142,8 +141,11 @@ impl Hits {
     }
 
     /// The layer image that makes `chain` when put on the layers below it, from the store; `None` if the store does not have it.
-    pub(super) async fn find(&self, chain: &ChainId) -> Result<Option<Hit>, HitError> {
-        let found = self.find_in_time(chain).await;
+    ///
+    /// `first` says that nothing lies below it. A client that unpacks in parallel and does not say so (containerd 2.2 and older)
+    /// asks like this for every layer; one that is not the first of its chain is no hit then.
+    pub(super) async fn find(&self, chain: &ChainId, first: bool) -> Result<Option<Hit>, HitError> {
+        let found = self.find_in_time(chain, first).await;
         let answer = match &found {
             Ok(Some(Hit { reserved: Some(_), .. })) => "found in the store".to_owned(),
             Ok(Some(_)) => "found in the store, and already on this node".to_owned(),
@@ -154,17 +156,20 @@ impl Hits {
         found
     }
 
-    async fn find_in_time(&self, chain: &ChainId) -> Result<Option<Hit>, HitError> {
+    async fn find_in_time(&self, chain: &ChainId, first: bool) -> Result<Option<Hit>, HitError> {
         if self.rest_until.lock().is_some_and(|until| Instant::now() < until) {
             return Err(HitError::Resting);
         }
-        let reserved = Mutex::new(None);
+        let (reserved, began) = (Mutex::new(None), Instant::now());
+        let mut hurry = self.hurry.subscribe();
         let hurried = async {
-            self.hurry.notified().await;
-            tokio::time::sleep(HURRY).await;
+            // Also one that began when the news was just there: the collector may still be waiting.
+            let soon = |until: &Option<Instant>| until.is_some_and(|until| began < until);
+            let until = hurry.wait_for(soon).await.map_or(None, |until| *until);
+            tokio::time::sleep_until(until.unwrap_or(began)).await;
         };
         let found = tokio::select! {
-            found = self.look_up(chain, &reserved) => found,
+            found = self.look_up(chain, first, &reserved) => found,
             () = tokio::time::sleep(self.deadline) => Err(HitError::Late(self.deadline)),
             () = hurried => Err(HitError::Hurried),
         };
@@ -178,7 +183,12 @@ impl Hits {
         found
     }
 
-    async fn look_up(&self, chain: &ChainId, reserved: &Mutex<Option<Id>>) -> Result<Option<Hit>, HitError> {
+    async fn look_up(
+        &self,
+        chain: &ChainId,
+        first: bool,
+        reserved: &Mutex<Option<Id>>,
+    ) -> Result<Option<Hit>, HitError> {
         let found = match self.content.lookup(chain, Instant::now() + self.deadline).await? {
             Lookup::Found(found) => found,
             Lookup::Missing => return Ok(None),
@@ -189,6 +199,9 @@ impl Hits {
             }
         };
         let (index, digest) = (found.index, *found.digest.as_bytes());
+        if first && index.facts().diff_id.0 != chain.0 {
+            return Err(HitError::Detached);
+        }
         for origin in [Origin::Applied, Origin::Fetched] {
             if let Some(layer) = self.meta.layer_of(index.facts(), origin)
                 && self.is_usable(&layer, digest)
@@ -254,12 +267,22 @@ impl Hits {
         }
     }
 
-    /// The snapshot that uses the layer is recorded: its data is fetched from now on.
-    pub(super) fn adopted(&self, record: &Record, reserved: Option<Id>) {
-        let layer = record.layer.and_then(|serial| self.meta.layer(serial));
+    /// How recording the snapshot that uses the layer ended: the layer's data is fetched from now on, or its Id given up.
+    pub(super) async fn adopted(
+        &self,
+        hit: Hit,
+        record: Result<Arc<Record>, SnapshotError>,
+    ) -> Result<Arc<Record>, SnapshotError> {
+        // Recorded by somebody else meanwhile, or not at all.
+        let used = record.as_ref().ok().and_then(|record| record.layer);
+        if let Some(id) = hit.reserved.filter(|id| used != Some(id.serial)) {
+            self.meta.give_up(id).await;
+        }
+        let layer = used.and_then(|serial| self.meta.layer(serial));
         if let Some(layer) = layer.filter(|layer| layer.progress == Progress::Filling) {
-            let start = if reserved == Some(layer.id) { Start::Empty } else { Start::Resumed };
+            let start = if hit.reserved == Some(layer.id) { Start::Empty } else { Start::Resumed };
             drop(self.layers.fill(layer.id.serial, start));
         }
+        record
     }
 }

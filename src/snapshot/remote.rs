@@ -20,21 +20,32 @@ pub const LABEL_PARENT_CHAIN: &str = "containerd.io/snapshot/parent-chain-id";
 pub struct LayerRequest {
     /// The stack of layers up to and including this one.
     pub chain: ChainId,
+    /// How to say that it need not be fetched.
+    pub answer: HitAnswer,
 }
 
-/// The layer that a Prepare with these labels on this parent asks for, if an *already exists* may be the answer.
-///
-/// In parallel unpack (capability `rebase`) containerd prepares every layer without a parent and names it at Commit.
-/// *Already exists* would then cut the chain, so such a request is an ordinary one (see [`is_detached`]).
+/// How containerd is told that a layer need not be fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HitAnswer {
+    /// *Already exists*, and there is a committed snapshot on the request's parent.
+    Committed,
+    /// *Staged*: an active snapshot that has its content, with read-only mounts; containerd commits it on its parent. For layers
+    /// that are prepared away from their parent (see [`is_detached`]), where *already exists* would cut the chain.
+    Staged,
+}
+
+/// The layer that a Prepare with these labels on this parent asks for.
 pub fn layer_request(labels: &Labels, parent: Option<&Key>) -> Option<LayerRequest> {
     let chain = ChainId(Digest::parse(labels.get(LABEL_REF)?).ok()?);
-    if is_detached(labels, parent) { None } else { Some(LayerRequest { chain }) }
+    let answer = if is_detached(labels, parent) { HitAnswer::Staged } else { HitAnswer::Committed };
+    Some(LayerRequest { chain, answer })
 }
 
 /// Whether this is a layer with something below it that is only told at Commit.
 ///
-/// For the first layer of an image the label is the author's to forge. That costs the image its remote hit and gives its
-/// extraction an overlay without a lowerdir, which the applier handles as well: harmless.
+/// In parallel unpack (capability `rebase`) containerd prepares every layer without a parent and names it at Commit. For the first
+/// layer of an image the label is the author's to forge. That gives its extraction an overlay without a lowerdir, which the
+/// applier handles as well, or a staged answer, which containerd commits as well: harmless.
 pub fn is_detached(labels: &Labels, parent: Option<&Key>) -> bool {
     let below = labels.get(LABEL_PARENT_CHAIN).is_some_and(|chain| Digest::parse(chain).is_ok());
     parent.is_none() && labels.contains_key(LABEL_REF) && below
@@ -87,13 +98,13 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_prepared_away_from_its_parent_is_an_ordinary_pull() {
+    fn a_layer_prepared_away_from_its_parent_is_staged_not_committed() {
         let labels = Labels::from([(LABEL_REF.into(), chain('a')), (LABEL_PARENT_CHAIN.into(), chain('b'))]);
         assert!(is_detached(&labels, None));
-        assert_eq!(layer_request(&labels, None), None);
+        assert_eq!(layer_request(&labels, None).unwrap().answer, HitAnswer::Staged);
         let parent = Key::new("p").unwrap();
         assert!(!is_detached(&labels, Some(&parent)));
-        assert!(layer_request(&labels, Some(&parent)).is_some());
+        assert_eq!(layer_request(&labels, Some(&parent)).unwrap().answer, HitAnswer::Committed);
     }
 
     #[test]

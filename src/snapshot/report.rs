@@ -11,6 +11,8 @@ pub struct StatusReport {
     pub version: String,
     /// Where its snapshots are.
     pub root: String,
+    /// The version of containerd, while it is there.
+    pub containerd: Option<String>,
     /// How layer images are mounted here, or why they are not.
     pub layer_images: String,
     /// Numbers of snapshots.

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
@@ -16,10 +17,12 @@ use super::filter::Filter;
 use super::hit::Hits;
 use super::layers::Layers;
 use super::locks::KeyedLocks;
-use super::metastore::{Counts, MetaStore, NewCommit, NewSnapshot, Own, PublishEntry, Record, Stack};
+use super::metastore::{
+    Counts, LayerChoice, MetaStore, NewCommit, NewSnapshot, Origin, Own, PublishEntry, Record, Stack,
+};
 use super::publish::Publisher;
 use super::reconcile::{Reconciler, Room};
-use super::remote;
+use super::remote::{self, HitAnswer};
 use super::stock::{Stock, blocking};
 use super::{
     Info, Key, Kind, LabelUpdate, Labels, Prepared, SnapshotError, Timestamp, Usage, check_labels, mapping,
@@ -37,6 +40,9 @@ pub const LABEL_UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
 
 /// How many trees are measured at once: more would take the threads that Prepare needs, and the disk.
 const WALKS: usize = 4;
+
+/// The first containerd that takes read-only mounts for a layer which need not be fetched; older ones write into them.
+const STAGED_SINCE: (u32, u32) = (2, 4);
 
 /// Whose pulled layers may answer a Prepare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,6 +104,7 @@ pub struct Snapshotter {
     committed: Notify,
     layer_locks: KeyedLocks<(String, Option<Key>)>,
     walks: Semaphore,
+    containerd: Mutex<Option<String>>,
 }
 
 impl Snapshotter {
@@ -130,6 +137,7 @@ impl Snapshotter {
             committed: Notify::new(),
             layer_locks: KeyedLocks::default(),
             walks: Semaphore::new(WALKS),
+            containerd: Mutex::default(),
         }
     }
 
@@ -171,10 +179,19 @@ impl Snapshotter {
         labels: Labels,
     ) -> Result<Prepared, SnapshotError> {
         self.check_new(&key, parent.as_ref(), &labels)?;
-        if let Some(request) = remote::layer_request(&labels, parent.as_ref())
-            && let Some(name) = self.find_layer(&request, parent.as_ref(), &labels).await
-        {
-            return Ok(Prepared::AlreadyCommitted(name));
+        if let Some(request) = remote::layer_request(&labels, parent.as_ref()) {
+            match request.answer {
+                HitAnswer::Committed => {
+                    if let Some(name) = self.find_layer(&request, parent.as_ref(), &labels).await {
+                        return Ok(Prepared::AlreadyCommitted(name));
+                    }
+                }
+                HitAnswer::Staged => {
+                    if let Some(mounts) = self.stage_layer(&request.chain, &key, &labels).await {
+                        return Ok(Prepared::Mounts(mounts));
+                    }
+                }
+            }
         }
         self.create(key, parent, Kind::Active, labels).await.map(Prepared::Mounts)
     }
@@ -239,6 +256,16 @@ impl Snapshotter {
         self.applier.is_ours(mounts)
     }
 
+    /// The version of the containerd that asks from now on, such as `v2.4.2`; `None` while that is not known.
+    pub fn containerd_is(&self, version: Option<&str>) {
+        *self.containerd.lock() = version.map(str::to_owned);
+    }
+
+    /// Its version, while it is there.
+    pub fn containerd_version(&self) -> Option<String> {
+        self.containerd.lock().clone()
+    }
+
     /// containerd's collector is about to wait for calls that wait for the store: they are not to take long any more.
     pub fn hurry(&self) {
         if let Some(hits) = &self.hits {
@@ -262,6 +289,10 @@ impl Snapshotter {
         labels: &Labels,
     ) -> Option<PublishEntry> {
         self.remote.publisher.as_ref()?;
+        let layer = self.meta.get(key)?.layer.and_then(|serial| self.meta.layer(serial));
+        if layer.is_some_and(|layer| layer.origin == Origin::Fetched) {
+            return None;
+        }
         remote::client_key(key.as_str()).strip_prefix(remote::EXTRACT)?;
         let chain = remote::chain_of(labels, name)?;
         let below = match below {
@@ -377,7 +408,8 @@ impl Snapshotter {
         let made = match self.make_storage(id, parent.as_ref(), root).await {
             Ok(()) => {
                 let now = Timestamp::now();
-                self.meta.create(NewSnapshot { id, key, parent, kind, labels, now }).await
+                let new = NewSnapshot { id, key, parent, kind, labels, now };
+                self.meta.create(new, LayerChoice::Own).await
             }
             Err(error) => Err(error),
         };
@@ -448,11 +480,20 @@ impl Snapshotter {
 
     fn mounts_of(&self, record: &Record, stack: &Stack) -> Result<Vec<Mount>, SnapshotError> {
         let info = &record.info;
-        let access = match info.kind {
-            Kind::Active => Access::ReadWrite,
-            Kind::View => Access::ReadOnly,
-            Kind::Committed => return Err(SnapshotError::NotMountable { key: info.name.clone() }),
-        };
+        match info.kind {
+            Kind::Active => self.mounts_with(Access::ReadWrite, record, stack),
+            Kind::View => self.mounts_with(Access::ReadOnly, record, stack),
+            Kind::Committed => Err(SnapshotError::NotMountable { key: info.name.clone() }),
+        }
+    }
+
+    fn mounts_with(
+        &self,
+        access: Access,
+        record: &Record,
+        stack: &Stack,
+    ) -> Result<Vec<Mount>, SnapshotError> {
+        let info = &record.info;
         let mapping = mapping::from_labels(&info.labels)?;
         let purpose = match remote::is_detached(&info.labels, info.parent.as_ref()) {
             true => Purpose::DetachedLayer,

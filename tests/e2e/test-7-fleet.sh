@@ -28,6 +28,44 @@ test_fleet_by_ctr() { fleet_by ctr 9; }
 test_fleet_by_nerdctl() { fleet_by nerdctl 9; }
 test_fleet_by_crictl() { fleet_by crictl 10; }
 
+test_fleet_parallel_unpack() {
+    # containerd 2.4 prepares the layers of an image away from each other; those in the store are answered as staged.
+    local store client
+    version_at_least "$VERSION" 2.4 || skip "config/containerd-2.4-parallel.toml is for containerd 2.4 and newer"
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all pause eight aba
+    on b unpack_in_parallel
+    expect_contains "$(on b ctr plugins ls -d "id==speedy")" rebase "the plugin's capabilities"
+    expect_from_store ctr eight 8
+    on b remove_everything
+    trusting fresh_parallel_b --store "$store"
+    expect_from_store crictl eight 9
+    # A layer that is not in the store is pulled, on those that are; a layer twice in one chain is staged twice.
+    trusting fresh_parallel_b --store "$store"
+    on b expect_listing ctr more
+    expect_equal 8 "$(on b layers_where '.origin == "fetched"')" "layers from the store"
+    link_post "blobs?layers=refuse"
+    on b expect_listing ctr aba
+    link_post "blobs?layers=allow"
+    on b remove_everything
+    on b expect_nothing_left
+    on b daemon_stop containerd-b
+    on b start_containerd "$VERSION"
+}
+# As fresh_b, and containerd keeps its configuration.
+fresh_parallel_b() {
+    fresh_b "$@"
+    on b unpack_in_parallel
+}
+unpack_in_parallel() {
+    daemon_stop "$(node_daemon containerd)"
+    start_containerd "$VERSION" "$REPO/config/containerd-2.4-parallel.toml"
+    wait_for 10 "Speedy to see containerd" sees_containerd
+}
+sees_containerd() { [[ $(status_of .containerd) != null ]]; }
+
 test_fleet_odd_chains() {
     # A layer several times in one chain, the empty layer five times, 128 layers, 96 MiB in one.
     local name
@@ -363,7 +401,7 @@ ceph_fleet() {
 test_ceph_by_every_client() {
     local client
     ceph_fleet pause more
-    for client in ctr local nerdctl crictl; do
+    for client in ctr nerdctl crictl; do
         through_link trusting fresh_b --store "$SPEEDY_STORE"
         expect_from_store "$client" more "$([[ $client == crictl ]] && echo 10 || echo 9)"
     done
@@ -390,7 +428,7 @@ ceph_faults() {
     expect_from_store ctr eight 8
 }
 test_ceph_is_down() { ceph_faults refuse blackhole reset; }
-test_ceph_is_slow() { ceph_faults slow=5s slow=30s stall=1000; }
+test_ceph_is_slow() { ceph_faults slow=5s slow=30s stall=200; }
 test_ceph_refuses_and_fails() { ceph_faults status=500 status=503 status=403; }
 test_ceph_cuts_answers_short() { ceph_faults truncate=200 reset=200; }
 

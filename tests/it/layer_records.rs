@@ -54,7 +54,7 @@ async fn prepare(meta: &MetaStore, name: &str, parent: Option<&str>) -> Id {
     let id = reserve(meta).await;
     let (key, parent) = (key(name), parent.map(key));
     let new = NewSnapshot { id, key, parent, kind: Kind::Active, labels: no_labels(), now: Timestamp(1) };
-    meta.create(new).await.unwrap();
+    meta.create(new, LayerChoice::Own).await.unwrap();
     id
 }
 

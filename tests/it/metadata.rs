@@ -30,7 +30,7 @@ async fn create(meta: &MetaStore, name: &str, parent: Option<&str>, kind: Kind) 
         labels: no_labels(),
         now: Timestamp::now(),
     };
-    meta.create(new).await.map(|record| record.id)
+    meta.create(new, LayerChoice::Own).await.map(|record| record.id)
 }
 
 async fn commit(meta: &MetaStore, name: &str, active: &str, labels: Labels) -> Result<Id, SnapshotError> {
@@ -140,7 +140,7 @@ fn m4_an_id_is_recorded_first_and_forgotten_last() {
             labels: no_labels(),
             now: Timestamp::now(),
         };
-        let refused = meta.create(new).await;
+        let refused = meta.create(new, LayerChoice::Own).await;
         assert!(matches!(refused, Err(SnapshotError::Meta(MetaError::NotPending { serial: 99 }))));
         let used = create(&meta, "a", None, Kind::Active).await.unwrap();
         meta.forget(vec![used]).await.unwrap();

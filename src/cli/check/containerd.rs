@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use super::client::{Answer, AskError, Plugin};
 use super::{Area, Expected, Finding, NAME};
+use crate::containerd::numbers;
 use crate::sys::mountinfo::{self, MountEntry, Propagation};
 
 /// The type of plugin we are.
@@ -44,12 +45,6 @@ pub fn probe(
         Err(reason) => findings.push(Finding::skipped(Area::Containerd, "plugin", reason.clone())),
     }
     findings
-}
-
-/// Major and minor number of `v2.4.2` or `2.1.4-0ubuntu1`.
-fn numbers(version: &str) -> Option<(u32, u32)> {
-    let mut parts = version.trim_start_matches('v').split(['.', '-', '+', '~']);
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
 fn version(version: &str) -> Finding {

@@ -364,9 +364,9 @@ impl MetaStore {
         self.submit(Room::Takes, move |db, slots| tables::reserve(db, &slots.take(count))).await
     }
 
-    /// Records an active snapshot or a view.
-    pub async fn create(&self, new: NewSnapshot) -> Result<Arc<Record>, SnapshotError> {
-        self.submit(Room::Takes, move |db, _| tables::create(db, &new)).await
+    /// Records an active snapshot or a view; an active one may have its content already, as if it had been applied.
+    pub async fn create(&self, new: NewSnapshot, layer: LayerChoice) -> Result<Arc<Record>, SnapshotError> {
+        self.submit(Room::Takes, move |db, _| tables::create(db, &new, &layer)).await
     }
 
     /// Records the committed snapshot that answers for `chain` on its parent, unless there is one.

@@ -78,12 +78,16 @@ pub(super) fn reserve(db: &Connection, slots: &[u32]) -> Result<Done<Vec<Id>>, O
 }
 
 /// Pending → Ready: the Id becomes an active snapshot or a view.
-pub(super) fn create(db: &Connection, new: &NewSnapshot) -> Result<Done<Arc<Record>>, OpError> {
+pub(super) fn create(
+    db: &Connection,
+    new: &NewSnapshot,
+    layer: &LayerChoice,
+) -> Result<Done<Arc<Record>>, OpError> {
     let parent = find_parent(db, new.parent.as_ref())?;
     if find(db, &new.key)?.is_some() {
         return Err(SnapshotError::AlreadyExists { key: new.key.clone() }.into());
     }
-    insert(db, new, parent, None, &LayerChoice::Own)
+    insert(db, new, parent, None, layer)
 }
 
 /// Pending → Ready: the Id becomes the committed snapshot that answers for `chain` on its parent, unless one does already.

@@ -1,10 +1,11 @@
-//! Prepare with a ref: the committed snapshot that answers it, found or made.
+//! Prepare with a ref: the snapshot that answers it, found or made.
 
 use std::sync::Arc;
 
-use super::Snapshotter;
+use super::{STAGED_SINCE, Snapshotter};
 use crate::content::memory::{Layer, MemoryError};
-use crate::driver::Id;
+use crate::driver::{Access, Id, Mount};
+use crate::oci::ChainId;
 use crate::snapshot::hit::HitError;
 use crate::snapshot::metastore::{Adopted, LayerChoice, NewSnapshot, Record};
 use crate::snapshot::remote::{self, LayerRequest};
@@ -61,7 +62,7 @@ impl Snapshotter {
             };
         }
         let Some(hits) = &self.hits else { return Ok(None) };
-        let Some(hit) = hits.find(&request.chain).await? else { return Ok(None) };
+        let Some(hit) = hits.find(&request.chain, parent.is_none()).await? else { return Ok(None) };
         let adopted = match there {
             Some(record) => Ok(record),
             None => match self.stock.take().await {
@@ -69,14 +70,69 @@ impl Snapshotter {
                 Err(error) => Err(error),
             },
         };
-        // Recorded by somebody else meanwhile, or not at all.
-        let used = adopted.as_ref().ok().and_then(|record| record.layer);
-        if let Some(id) = hit.reserved.filter(|id| used != Some(id.serial)) {
+        let record = hits.adopted(hit, adopted).await?;
+        Ok(Some(record.info.name.clone()))
+    }
+
+    /// Mounts that tell containerd that the requested layer need not be fetched, of a new active snapshot that has it; `None` if
+    /// that is no answer here. Nobody mounts them: containerd commits the snapshot on its parent.
+    pub(super) async fn stage_layer(
+        &self,
+        chain: &ChainId,
+        key: &Key,
+        labels: &Labels,
+    ) -> Option<Vec<Mount>> {
+        let version = self.containerd.lock().as_deref().and_then(crate::containerd::numbers);
+        if version.is_none_or(|version| version < STAGED_SINCE) {
+            return None;
+        }
+        match self.try_stage_layer(chain, key, labels).await {
+            Ok(staged) => staged,
+            Err(error) => {
+                tracing::warn!(%chain, %error, "remote layer not usable; it is pulled instead");
+                None
+            }
+        }
+    }
+
+    async fn try_stage_layer(
+        &self,
+        chain: &ChainId,
+        key: &Key,
+        labels: &Labels,
+    ) -> Result<Option<Vec<Mount>>, LayerError> {
+        let Some(hits) = &self.hits else { return Ok(None) };
+        let lock = self.layer_locks.of((chain.to_string(), None));
+        let _held = lock.lock().await;
+        let Some(hit) = hits.find(chain, false).await? else { return Ok(None) };
+        let created = match self.stock.take().await {
+            Ok(id) => self.create_staged(id, hit.layer.clone(), key, labels).await,
+            Err(error) => Err(error),
+        };
+        let record = hits.adopted(hit, created).await?;
+        let Some((record, stack)) = self.meta.get_with_stack(&record.info.name) else { return Ok(None) };
+        Ok(Some(self.mounts_with(Access::ReadOnly, &record, &stack)?))
+    }
+
+    async fn create_staged(
+        &self,
+        id: Id,
+        layer: LayerChoice,
+        key: &Key,
+        labels: &Labels,
+    ) -> Result<Arc<Record>, SnapshotError> {
+        let made = match self.make_storage(id, None, None).await {
+            Ok(()) => {
+                let (key, labels, now) = (key.clone(), labels.clone(), Timestamp::now());
+                let new = NewSnapshot { id, key, parent: None, kind: Kind::Active, labels, now };
+                self.meta.create(new, layer).await
+            }
+            Err(error) => Err(error),
+        };
+        if made.is_err() {
             self.meta.give_up(id).await;
         }
-        let record = adopted?;
-        hits.adopted(&record, hit.reserved);
-        Ok(Some(record.info.name.clone()))
+        made
     }
 
     /// Records the committed snapshot of `id` that answers the request and consists of `layer`, unless another does by now.
