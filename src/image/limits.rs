@@ -10,7 +10,8 @@ pub struct Limits {
     pub entries: u64,
     /// Bytes of a path, as the tar has it and as it is when symlinks of the layer are followed.
     pub path: usize,
-    /// Bytes of metadata: what inodes, names, link targets and xattrs take in an image, and about what they take in memory.
+    /// Bytes of metadata: what inodes, names, link targets and xattrs take in an image, and about what they take in memory,
+    /// with the path of each directory's entry.
     pub metadata: u64,
     /// Bytes of one inode's xattrs in an image.
     pub xattrs: u64,

@@ -112,7 +112,7 @@ pub(super) struct Tree<'a> {
     limits: &'a Limits,
     /// Entries and implied directories so far.
     entries: u64,
-    /// About what the image's metadata takes.
+    /// About what the image's metadata takes, and what is remembered until the end.
     metadata: u64,
     /// Path and time of each directory entry: containerd sets these times again at the very end.
     times: Vec<(Box<[u8]>, Time)>,
@@ -318,10 +318,17 @@ impl<'a> Tree<'a> {
         }
         node.mtime = entry.mtime;
         if entry.kind == Kind::Directory {
-            self.times.push((entry.path.as_bytes().into(), entry.mtime));
+            self.remember_time(entry)?;
             self.forget_taken(id);
         }
         Ok(Some(id).filter(|_| entry.kind == Kind::File))
+    }
+
+    fn remember_time(&mut self, entry: &Entry) -> Result<(), ImageError> {
+        let path = entry.path.as_bytes();
+        self.count_metadata(32 + path.len())?;
+        self.times.push((path.into(), entry.mtime));
+        Ok(())
     }
 
     fn body(&self, entry: &Entry) -> Result<Made, ImageError> {

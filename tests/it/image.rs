@@ -331,6 +331,13 @@ fn every_limit_is_said_and_kept() {
     assert_eq!(limit(limited(&files(2000), &limits)), (Limit::Metadata, true));
     let targets = Tar::of((0..10).map(|n| Item::symlink(format!("s{n}"), vec![b't'; 3000])));
     assert_eq!(limit(limited(&targets, &limits)), (Limit::Metadata, true));
+    // The times of directories are set again at the end, so that an entry is remembered each time that it comes: a layer that
+    // repeated one with a long path took memory without any limit.
+    let again =
+        |count: usize| Tar::of((0..count).map(|_| Item::dir(["d".repeat(200), "e".repeat(200)].join("/"))));
+    let limits = Limits { metadata: 40_000, ..Limits::default() };
+    limited(&again(50), &limits).unwrap();
+    assert_eq!(limit(limited(&again(100), &limits)), (Limit::Metadata, true));
 
     let different = Tar::of((0..5_u8).map(|n| Item::file(format!("f{n}"), vec![n; 4096])));
     limited(&different, &Limits { data: 5 * 4096, ..Limits::default() }).unwrap();
