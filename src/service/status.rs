@@ -4,6 +4,9 @@
 //! does: *not found* makes CRI unpack the image again, *failed precondition* is the only code its collector continues after,
 //! and *already exists* on a Prepare with a ref means a remote hit.
 
+use std::error::Error;
+use std::io;
+
 use tonic::{Code, Status};
 
 use crate::driver::DriverError;
@@ -42,6 +45,9 @@ pub(super) fn code_name(code: Code) -> &'static str {
 }
 
 fn code(error: &SnapshotError) -> Code {
+    if is_want_of_room(error) {
+        return Code::ResourceExhausted;
+    }
     match error {
         SnapshotError::NotFound { .. } | SnapshotError::ParentNotFound { .. } => Code::NotFound,
         SnapshotError::AlreadyExists { .. } => Code::AlreadyExists,
@@ -63,6 +69,20 @@ fn code(error: &SnapshotError) -> Code {
         SnapshotError::Meta(error) => meta_code(error),
         SnapshotError::ShuttingDown => Code::Unavailable,
     }
+}
+
+/// Whether a full disk or an exhausted quota is the cause, however deep: the layer or the storage that it is said of is not to
+/// blame then.
+fn is_want_of_room(error: &SnapshotError) -> bool {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        if matches!(kind, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 fn driver_code(error: &DriverError) -> Code {
@@ -113,7 +133,7 @@ fn meta_code(error: &MetaError) -> Code {
 /// The message with its causes, in one line, short enough for a header of any client.
 fn message(error: &SnapshotError) -> String {
     let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
+    let mut source = error.source();
     while let Some(cause) = source {
         let cause_text = cause.to_string();
         if !text.contains(&cause_text) {
@@ -130,8 +150,8 @@ fn message(error: &SnapshotError) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::oci::Digest;
     use crate::snapshot::Key;
-    use std::io;
 
     #[test]
     fn a_full_disk_is_resource_exhausted_with_its_cause() {
@@ -139,6 +159,34 @@ mod tests {
         let status = status(&DriverError::at(std::path::Path::new("/l/1"), source).into());
         assert_eq!(status.code(), Code::ResourceExhausted);
         assert!(status.message().contains("/l/1"), "{}", status.message());
+    }
+
+    /// A disk that filled up while a layer's files were written was answered as *invalid argument*: containerd then blamed the
+    /// image, and nobody looked at the disk. Every error of Apply that carries the system's answer is asked for it.
+    #[test]
+    fn a_disk_that_fills_up_during_apply_is_not_the_layers_fault() {
+        let blob = Digest::parse(&format!("sha256:{}", "a".repeat(64))).unwrap();
+        let layer = |source: ImageError| ApplyError::Layer { blob: blob.clone(), source };
+        let path = || "/d".to_owned();
+        let wrapped =
+            |source: io::Error| io::Error::other(LayerError::at(std::path::Path::new("/l"), source));
+        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded] {
+            let io = || io::Error::from(kind);
+            for error in [
+                layer(ImageError::Extract { path: path(), source: io() }),
+                layer(ImageError::Below { path: path(), source: io() }),
+                layer(ImageError::Below { path: path(), source: wrapped(io()) }),
+                layer(ImageError::Write(io())),
+                layer(ImageError::Read(io())),
+                ApplyError::Blob { blob: blob.clone(), source: io() },
+            ] {
+                let status = status(&error.into());
+                assert_eq!(status.code(), Code::ResourceExhausted, "{}", status.message());
+            }
+        }
+        let refused = io::Error::from(io::ErrorKind::PermissionDenied);
+        let refused = status(&layer(ImageError::Extract { path: path(), source: refused }).into());
+        assert_eq!(refused.code(), Code::InvalidArgument);
     }
 
     /// containerd's conformance suite looks for the word.
