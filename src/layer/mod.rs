@@ -4,6 +4,7 @@
 //! <root>/layer/<serial>.part    a layer image that is being made or fetched; sparse
 //! <root>/layer/<serial>.erofs   a complete one: written, checked, synced, then renamed to this
 //! <root>/layer/<serial>.index   its layer index, once it is known; can always be made or fetched again
+//! <root>/layer/<serial>.new     beside a complete one until it is recorded
 //! <root>/l/<serial>             where it is attached; its tree is the directory `fs` inside, so that an attach point without
 //!                               its mount has no `fs` and every container on it fails loudly
 //! ```
@@ -17,7 +18,8 @@
 //! * **L1** An attached layer needs neither this process nor the network.
 //!
 //! **When it fails.** What a crash leaves is a `.part` file (filled on from where it was: each chunk in it is hashed, not
-//! believed) or files of a serial that no record names, which `remove` takes away.
+//! believed) or files of a serial that no record names, which `remove` takes away. A complete image of a Pending Id is worth
+//! something only if it was recorded once, that is, in a newer `metadata.db`: the `.new` file tells that it was not.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -129,6 +131,10 @@ impl LayerStore {
         self.files.join(format!("{serial}.index"))
     }
 
+    fn new_mark(&self, serial: u64) -> PathBuf {
+        self.files.join(format!("{serial}.new"))
+    }
+
     /// A new, empty file for a layer image to be made in; only root may read it.
     pub fn create(&self, serial: u64) -> Result<File, LayerError> {
         let path = self.part(serial);
@@ -163,6 +169,22 @@ impl LayerStore {
         File::open(&self.files)
             .and_then(|dir| dir.sync_all())
             .map_err(|error| LayerError::at(&self.files, error))
+    }
+
+    /// To be called before [`LayerStore::complete`] by whoever records the layer image only afterwards.
+    pub fn mark_new(&self, serial: u64) -> Result<(), LayerError> {
+        let mark = self.new_mark(serial);
+        File::create(&mark).map(drop).map_err(|error| LayerError::at(&mark, error))
+    }
+
+    /// The layer image is recorded.
+    pub fn unmark_new(&self, serial: u64) -> Result<(), LayerError> {
+        remove_file(&self.new_mark(serial))
+    }
+
+    /// Whether there is a layer image that was recorded, be it in records that are lost.
+    pub fn was_recorded(&self, serial: u64) -> bool {
+        self.is_complete(serial) && !self.new_mark(serial).exists()
     }
 
     /// Whether all bytes of it are here.
@@ -231,15 +253,8 @@ impl LayerStore {
         if self.is_complete(serial) {
             self.detach(serial)?;
         }
-        for path in [self.image(serial), self.part(serial), self.index(serial)] {
-            match std::fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(LayerError::at(&path, error));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        let files = [self.image(serial), self.part(serial), self.index(serial), self.new_mark(serial)];
+        files.iter().try_for_each(|path| remove_file(path))
     }
 
     /// The serials that have an image, complete or not.
@@ -256,13 +271,20 @@ pub fn images_below(root: &Path) -> Result<Vec<u64>, LayerError> {
     }
 }
 
+fn remove_file(path: &Path) -> Result<(), LayerError> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(LayerError::at(path, error)),
+        _ => Ok(()),
+    }
+}
+
 fn inventory(files: &Path) -> Result<Vec<u64>, LayerError> {
     let entries = std::fs::read_dir(files).map_err(|error| LayerError::at(files, error))?;
     let mut serials = std::collections::BTreeSet::new();
     for entry in entries {
         let name = entry.map_err(|error| LayerError::at(files, error))?.file_name();
         let serial = name.to_str().and_then(|name| name.split_once('.')).and_then(|(n, kind)| {
-            let ours = matches!(kind, "erofs" | "part" | "index");
+            let ours = matches!(kind, "erofs" | "part" | "index" | "new");
             n.parse::<u64>().ok().filter(|serial| ours && serial.to_string() == n)
         });
         match serial {

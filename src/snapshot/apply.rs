@@ -239,6 +239,7 @@ impl Applier {
             let source = Source { blob: source, compression };
             let built = image::build(source, &file, &below, &limits, &cancelled);
             let facts = built.map_err(|source| no_room(&store.image(id.serial), blob, source))?;
+            store.mark_new(id.serial)?;
             store.complete(id.serial, &file)?;
             Ok::<Facts, SnapshotError>(facts)
         })
@@ -254,6 +255,13 @@ impl Applier {
             now: Timestamp::now(),
         };
         let layer = self.meta.applied(job.record.info.name.clone(), LayerChoice::New(new)).await?;
+        if layer.id == id {
+            let store = Arc::clone(&layers.store);
+            if let Err(error) = blocking(move || store.unmark_new(id.serial)).await {
+                // It means nothing beside a record, and goes with the layer.
+                tracing::warn!(serial = id.serial, %error, "a mark that a layer image is new stays");
+            }
+        }
         Ok((Applied { diff_id, tar_size, how: How::Image }, layer))
     }
 

@@ -161,8 +161,9 @@ impl Reconciler {
         let (driver, pending) = (Arc::clone(&self.driver), self.meta.pending());
         let layers = self.layers.clone();
         let (unused, kept): (Vec<Id>, Vec<Id>) = blocking(move || {
-            // A half-made layer image is worth nothing, a complete one may be what somebody's snapshots consist of.
-            let no_image = |id: &Id| layers.as_ref().is_none_or(|l| !l.store.is_complete(id.serial));
+            // A half-made layer image is worth nothing, nor is one that was never recorded; others may be what somebody's
+            // snapshots consist of.
+            let no_image = |id: &Id| layers.as_ref().is_none_or(|l| !l.store.was_recorded(id.serial));
             let is_unused = |id: &Id| no_image(id) && driver.is_unused(*id).unwrap_or(false);
             Ok::<_, SnapshotError>(pending.into_iter().partition(is_unused))
         })

@@ -1,17 +1,23 @@
 //! Layer images in the records: what a snapshot consists of, what lies below it, what may go.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use speedy::driver::Id;
+use speedy::driver::memory::Memory;
 use speedy::image::{Facts, Layout, RESERVED};
+use speedy::layer::LayerStore;
+use speedy::layer::attach::Attacher;
 use speedy::oci::{ChainId, DiffId, Digest};
 use speedy::snapshot::Kind;
+use speedy::snapshot::layers::Layers;
 use speedy::snapshot::metastore::{
     Adopted, LayerChoice, MetaStore, NewCommit, NewLayer, NewSnapshot, Origin, Own, Progress, PublishEntry,
 };
+use speedy::snapshot::reconcile::Reconciler;
 use speedy::snapshot::{Key, SnapshotError, Timestamp};
 
-use crate::support::{key, no_labels, runtime};
+use crate::support::{POLICY, key, no_labels, runtime};
 
 fn digest(digit: char) -> Digest {
     Digest::parse(&format!("sha256:{}", String::from(digit).repeat(64))).unwrap()
@@ -235,5 +241,36 @@ fn only_layers_that_nobody_needs_are_evicted() {
         assert!(meta.publish_queue().is_empty(), "an entry goes with its layer");
         meta.requeue(entry.chain.clone(), Some(entry)).await.unwrap();
         assert!(meta.publish_queue().is_empty(), "and does not come back");
+    });
+}
+
+/// A kill between the renaming of a finished image and its record left a complete image of a Pending Id, which looks like one of
+/// a newer `metadata.db`: each start reported it, and nobody ever removed it. What was never recorded is marked now.
+#[test]
+fn an_image_that_was_never_recorded_is_garbage_at_the_next_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let meta = Arc::new(MetaStore::open(dir.path(), "memory").unwrap());
+    let store = Arc::new(LayerStore::open(dir.path(), Attacher::untried(dir.path())).unwrap());
+    let layers = Arc::new(Layers::new(Arc::clone(&meta), Arc::clone(&store), None));
+    runtime().block_on(async {
+        let (killed, newer, half) = (reserve(&meta).await, reserve(&meta).await, reserve(&meta).await);
+        store.mark_new(killed.serial).unwrap();
+        for id in [killed, newer] {
+            store.complete(id.serial, &store.create(id.serial).unwrap()).unwrap();
+        }
+        store.create(half.serial).unwrap();
+        let driver = Arc::new(Memory::default());
+        let reconciler = Reconciler::new(Arc::clone(&meta), driver, Some(layers), POLICY.room);
+        reconciler.start().await.unwrap();
+        assert_eq!(meta.pending(), [newer]);
+        for id in meta.removing() {
+            store.remove(id.serial).unwrap();
+        }
+        assert_eq!(store.inventory().unwrap(), [newer.serial]);
+        // What is recorded is marked no longer.
+        store.mark_new(newer.serial).unwrap();
+        store.unmark_new(newer.serial).unwrap();
+        store.unmark_new(newer.serial).unwrap();
+        assert!(store.was_recorded(newer.serial));
     });
 }
