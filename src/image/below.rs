@@ -1,17 +1,21 @@
 //! What a layer says about one of its directories, whether it is a layer image or a tree of files: where implied directories of
-//! the layers above get their attributes. As containerd's applier looks: symlinks are followed inside the layer's own root.
+//! the layers above get their attributes.
+//!
+//! As containerd's applier asks it (`mkparent` in `pkg/archive/tar.go`): symlinks are followed inside the layer's own root, see
+//! `follow`. containerd fails where a name on the way is not that of a directory; here the layer has something else there.
 
-use std::collections::VecDeque;
 use std::io;
 use std::path::Path;
 
 use super::Attributes;
-use super::check::{Metadata, NodeInfo, NodeKind, ReadAt};
+use super::check::{CheckError, Metadata, NodeInfo, NodeKind, ReadAt};
+use super::error::EntryFault;
+use super::follow::{Files, Lost, There, follow};
 use super::tar::Xattr;
-use crate::sys::look::{self, Look};
+use crate::sys::beneath::Dir;
 
-/// How many symlinks are followed for one path. containerd's `fs.RootPath` gives up at 255.
-const LINKS: usize = 255;
+/// The longest path that is followed, as by the kernel.
+const PATH_MAX: usize = 4096;
 
 /// What one layer has at a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,62 +28,61 @@ pub enum Found {
     Directory(Attributes),
 }
 
-/// What a layer image has at `path` (names from its root).
+/// What a layer image has at `path` (names from its root). An error if it cannot be read, or if its symlinks lead on and on.
 pub fn in_image<R: ReadAt>(layer: &Metadata<R>, path: &[&[u8]]) -> io::Result<Found> {
-    Ok(match resolve(layer, path)? {
-        None => Found::Nothing,
-        Some(node) if node.kind == NodeKind::Directory => Found::Directory(Attributes {
-            mode: node.mode & 0o7777,
-            uid: node.uid,
-            gid: node.gid,
-            xattrs: node.xattrs.into_iter().map(|x| Xattr { name: x.name, value: x.value }).collect(),
-        }),
-        Some(_) => Found::Other,
-    })
-}
-
-/// What a tree of files has at `path` (names from its root).
-pub fn in_directory(root: &Path, path: &[&[u8]]) -> io::Result<Found> {
-    Ok(match look::in_root(root, path)? {
-        None => Found::Nothing,
-        Some(Look::Other) => Found::Other,
-        Some(Look::Directory { mode, uid, gid, xattrs }) => Found::Directory(Attributes {
-            mode: permissions(mode),
-            uid,
-            gid,
-            xattrs: xattrs.into_iter().map(|(name, value)| Xattr { name, value }).collect(),
-        }),
-    })
-}
-
-fn permissions(mode: u32) -> u16 {
-    u16::try_from(mode & 0o7777).unwrap_or_default()
-}
-
-fn resolve<R: ReadAt>(layer: &Metadata<R>, path: &[&[u8]]) -> io::Result<Option<NodeInfo>> {
-    let lookup = |path: &[Vec<u8>]| layer.lookup(path.iter().map(Vec::as_slice)).map_err(io::Error::other);
-    let mut left: VecDeque<Vec<u8>> = path.iter().map(|name| name.to_vec()).collect();
-    let (mut at, mut links) = (Vec::new(), 0);
-    while let Some(name) = left.pop_front() {
-        match name.as_slice() {
-            b"" | b"." => continue,
-            b".." => {
-                at.pop();
-                continue;
-            }
-            _ => at.push(name),
-        }
-        let Some(node) = lookup(&at)? else { return Ok(None) };
-        let NodeKind::Symlink { target } = node.kind else { continue };
-        links += 1;
-        if links > LINKS {
-            return Ok(None);
-        }
-        at.pop();
-        if target.starts_with(b"/") {
-            at.clear();
-        }
-        target.split(|byte| *byte == b'/').rev().for_each(|part| left.push_front(part.to_vec()));
+    // By far the most paths have no symlink on them.
+    let plain = layer.lookup(path.iter().copied()).map_err(io::Error::other)?;
+    if let Some(node) = plain.filter(|node| node.kind == NodeKind::Directory) {
+        return Ok(Found::Directory(node.attributes()));
     }
-    lookup(&at)
+    found(layer, path, io::Error::other, |node| Ok(node.attributes()))
+}
+
+/// What a tree of files has at `path` (names from its root). An error as from [`in_image`].
+pub fn in_directory(root: &Path, path: &[&[u8]]) -> io::Result<Found> {
+    let root = Dir::open(root)?;
+    match root.find(&path.join(&b'/'))? {
+        Some(plain) => attributes(&plain).map(Found::Directory),
+        None => found(&root, path, |error| error, attributes),
+    }
+}
+
+fn found<F: Files>(
+    layer: &F,
+    path: &[&[u8]],
+    failed: impl FnOnce(F::Error) -> io::Error,
+    attributes: impl FnOnce(&F::Directory) -> io::Result<Attributes>,
+) -> io::Result<Found> {
+    let path = [b"/", path.join(&b'/').as_slice()].concat();
+    match follow(layer, &path, PATH_MAX).map(|followed| followed.there) {
+        Ok(There::Nothing) => Ok(Found::Nothing),
+        Ok(There::Directory(directory)) => attributes(&directory).map(Found::Directory),
+        Ok(There::Symlink(_) | There::Other) | Err(Lost::NotADirectory) => Ok(Found::Other),
+        Err(Lost::Loop | Lost::TooLong) => Err(io::Error::other(EntryFault::SymlinkLoop)),
+        Err(Lost::Failed(error)) => Err(failed(error)),
+    }
+}
+
+fn attributes(directory: &Dir) -> io::Result<Attributes> {
+    let (mode, uid, gid) = directory.ownership()?;
+    let xattrs = directory.xattrs()?.into_iter().map(|(name, value)| Xattr { name, value }).collect();
+    Ok(Attributes { mode, uid, gid, xattrs })
+}
+
+impl<R: ReadAt> Files for Metadata<R> {
+    type Directory = NodeInfo;
+    type Error = CheckError;
+
+    fn root(&self) -> Result<NodeInfo, CheckError> {
+        self.layer_root()
+    }
+
+    fn look(&self, directory: &NodeInfo, name: &[u8]) -> Result<There<NodeInfo>, CheckError> {
+        let Some(node) = self.child(directory, name)? else { return Ok(There::Nothing) };
+        Ok(match node.kind {
+            NodeKind::Directory => There::Directory(node),
+            NodeKind::Symlink { target } => There::Symlink(target),
+            _ => There::Other,
+        })
+    }
 }

@@ -5,7 +5,7 @@
 //! directory ([`Whiteouts::Remove`]), which may hold files already. The result is what [`super::build()`] would show, and
 //! what containerd's applier would have made (`pkg/archive/tar.go`, `tar_unix.go`, `tar_opts_linux.go`, 2.4).
 //!
-//! **Where.** `stream` and `tar` read the layer; `path` says which directory a path means, [`crate::sys::beneath`] does
+//! **Where.** `stream` and `tar` read the layer; `follow` says which directory a path means, [`crate::sys::beneath`] does
 //! what is asked for in it.
 //!
 //! **Words.** As in [`super`]: *implied*, *whiteout*, *opaque*, *below*.
@@ -20,7 +20,6 @@
 //!
 //! **When it fails.** What was written so far stays; the caller throws the directory away, or applies the layer again.
 
-mod path;
 mod write;
 
 use std::io::Read;

@@ -34,6 +34,7 @@ mod data;
 mod erofs;
 mod error;
 pub mod extract;
+mod follow;
 mod limits;
 pub mod stream;
 pub mod tar;

@@ -42,7 +42,7 @@ pub struct Attributes {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Extended attributes, in any order. Those of `trusted.` are not taken over.
+    /// Extended attributes, in any order. Those of `user.` and `security.` are taken over, and nothing else.
     pub xattrs: Vec<Xattr>,
 }
 
@@ -180,7 +180,7 @@ impl<'a> Tree<'a> {
         }
         self.count_entry()?;
         let Some((directory, name)) = entry.path.split() else { return Ok(None) };
-        let parent = self.resolve(directory, &entry.path)?;
+        let parent = self.resolve(directory, entry.path.as_bytes())?;
         let parent = self.make_parents(&parent, entry)?;
         match entry.path.whiteout()? {
             Some(whiteout) => self.apply_whiteout(parent, whiteout, entry).map(|()| None),
@@ -370,7 +370,7 @@ impl<'a> Tree<'a> {
         (node.mode, node.mtime) = (DEFAULT_MODE, mtime);
         let Some(mut attributes) = found else { return Ok(id) };
         attributes.mode &= 0o7777;
-        attributes.xattrs.retain(|xattr| !xattr.name.starts_with(b"trusted."));
+        attributes.xattrs.retain(xattrs::is_taken_over);
         attributes.xattrs.sort();
         let plain = Attributes { mode: DEFAULT_MODE, uid: node.uid, gid: node.gid, xattrs: Vec::new() };
         (node.mode, node.uid, node.gid) = (attributes.mode, attributes.uid, attributes.gid);
@@ -397,7 +397,7 @@ impl<'a> Tree<'a> {
     pub(super) fn finish(&mut self) -> Result<(), ImageError> {
         for (path, mtime) in std::mem::take(&mut self.times) {
             let gone = || ImageError::entry(&path, EntryFault::DirectoryGone);
-            let resolved = self.resolve_bytes(&path).map_err(|_| gone())?;
+            let resolved = self.resolve(&path, &path).map_err(|_| gone())?;
             let id = self.find(&resolved).ok_or_else(gone)?;
             self.node_mut(id).mtime = mtime;
         }

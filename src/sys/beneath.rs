@@ -23,6 +23,9 @@ use super::tree::{self, Cancelled, TreeError};
 
 const PATH: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
+/// The kernel's limit for a list of names, and for a value (`XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
+const XATTRS_MAX: usize = 64 * 1024;
+
 /// What a name stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NodeType {
@@ -196,6 +199,34 @@ impl Dir {
         Ok(found)
     }
 
+    /// Permission bits (with setuid, setgid and sticky), owner and group.
+    pub fn ownership(&self) -> io::Result<(u16, u32, u32)> {
+        let stat = rustix::fs::fstat(&self.fd)?;
+        Ok((u16::try_from(stat.st_mode & 0o7777).unwrap_or_default(), stat.st_uid, stat.st_gid))
+    }
+
+    /// Names and values of all extended attributes that this process may see.
+    pub fn xattrs(&self) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+        let path = magic_path(&self.fd);
+        let mut names = vec![0; XATTRS_MAX];
+        let length = match rustix::fs::listxattr(&path, &mut names) {
+            Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
+            length => length?,
+        };
+        names.truncate(length);
+        let mut found = Vec::new();
+        for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+            let mut value = vec![0; XATTRS_MAX];
+            match rustix::fs::getxattr(&path, name, &mut value) {
+                Ok(length) => found.push((name.to_vec(), value[..length].to_vec())),
+                // Taken away between the two calls, or listed by a layer of the kernel that does not have it.
+                Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(found)
+    }
+
     /// The directory itself, to set its attributes.
     pub fn as_node(&self) -> io::Result<Node> {
         Ok(Node { fd: self.fd.try_clone()? })
@@ -231,6 +262,14 @@ impl Node {
     /// What it is.
     pub fn kind(&self) -> io::Result<NodeType> {
         Ok(NodeType::of(&rustix::fs::fstat(&self.fd)?))
+    }
+
+    /// Sets an extended attribute, unless the file has it.
+    pub fn add_xattr(&self, name: &[u8], value: &[u8]) -> io::Result<XattrAnswer> {
+        match rustix::fs::setxattr(magic_path(&self.fd), name, value, XattrFlags::CREATE) {
+            Err(Errno::EXIST) => Ok(XattrAnswer::Set),
+            set => answer(set),
+        }
     }
 
     /// The target of a symlink.

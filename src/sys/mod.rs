@@ -10,7 +10,6 @@ pub mod extent;
 pub mod idmap;
 pub mod limits;
 pub mod lock;
-pub mod look;
 pub mod loopdev;
 pub mod mount;
 pub mod mountinfo;

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::type_complexity, reason = "a test that fails may panic anywhere")]
 
 mod architecture;
+mod below;
 mod check;
 mod chunks;
 mod cli;

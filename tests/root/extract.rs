@@ -247,8 +247,10 @@ impl Random {
             4..8 => Item::dir(&path),
             8..11 => {
                 let (above, inside, other) = (self.path(), self.path(), self.path());
-                let targets = [format!("/{above}"), inside, format!("../{other}"), ".".into(), "..".into()];
-                Item::symlink(&path, &targets[self.below(5)])
+                let through = format!("{inside}/../{above}");
+                let targets =
+                    [format!("/{above}"), inside, format!("../{other}"), ".".into(), "..".into(), through];
+                Item::symlink(&path, &targets[self.below(6)])
             }
             11 => Item::link(&path, &self.path()),
             12 => Item::new(b'6', &path),

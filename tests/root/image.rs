@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::SystemTime;
+use std::thread::sleep;
+use std::time::{Duration, SystemTime};
 
-use speedy::image::{Attributes, Below, Facts, ImageError, tar};
+use speedy::image::below::{self, Found};
+use speedy::image::check::Metadata;
+use speedy::image::{Attributes, Below, Facts, ImageError};
 
 use crate::layers::cases::{self, Fate};
 use crate::layers::seen::{self, Tree};
@@ -39,7 +41,11 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        run(Command::new("umount").arg(self.dir.path().join("at")));
+        let at = self.dir.path().join("at");
+        let umount = || Command::new("umount").arg(&at).output().is_ok_and(|output| output.status.success());
+        // Children that other tests start hold our open files until they become their programs.
+        let busy = (0..100).take_while(|_| !umount()).map(|_| sleep(Duration::from_millis(20))).count();
+        assert!(busy < 100, "{} is still in use", at.display());
     }
 }
 
@@ -162,43 +168,77 @@ fn i3_random_layers_are_what_containerd_makes_of_them() {
     assert!(kept as u64 > count / 4);
 }
 
-/// Directories of this machine, the topmost first, looked at as containerd does.
-struct Unpacked(Vec<PathBuf>);
+/// Layers on this machine, the topmost first.
+enum Lowers {
+    Directories(Vec<PathBuf>),
+    Images(Vec<Metadata<File>>),
+}
 
-impl Below for Unpacked {
+impl Below for Lowers {
     fn directory(&self, path: &[&[u8]]) -> std::io::Result<Option<Attributes>> {
-        use rustix::fs::{Mode, OFlags, ResolveFlags};
-        let path = [b"./", path.join(&b'/').as_slice()].concat();
-        for root in &self.0 {
-            let root = File::open(root)?;
-            let flags = OFlags::PATH | OFlags::CLOEXEC;
-            match rustix::fs::openat2(&root, path.as_slice(), flags, Mode::empty(), ResolveFlags::IN_ROOT) {
-                Ok(found) => return attributes(&found),
-                Err(rustix::io::Errno::NOENT) => {}
-                Err(error) => return Err(error.into()),
-            }
+        let mut found: Box<dyn Iterator<Item = std::io::Result<Found>>> = match self {
+            Lowers::Directories(roots) => Box::new(roots.iter().map(|root| below::in_directory(root, path))),
+            Lowers::Images(images) => Box::new(images.iter().map(|image| below::in_image(image, path))),
+        };
+        match found.find(|found| !matches!(found, Ok(Found::Nothing))).transpose()? {
+            Some(Found::Directory(attributes)) => Ok(Some(attributes)),
+            _ => Ok(None),
         }
-        Ok(None)
     }
 }
 
-fn attributes(found: impl AsFd) -> std::io::Result<Option<Attributes>> {
-    use std::os::fd::AsRawFd;
-    let stat = rustix::fs::fstat(&found)?;
-    if stat.st_mode & 0o170_000 != 0o040_000 {
-        return Ok(None);
+/// A stack of layers, the lowest first, unpacked by containerd's applier.
+struct Unpacked<'d> {
+    disk: &'d Disk,
+    name: String,
+    /// The topmost first.
+    directories: Vec<PathBuf>,
+    images: Vec<Metadata<File>>,
+}
+
+impl<'d> Unpacked<'d> {
+    fn new(disk: &'d Disk, name: &str, layers: &[Vec<Item>]) -> Unpacked<'d> {
+        let (name, directories, images) = (name.to_owned(), Vec::new(), Vec::new());
+        let mut unpacked = Unpacked { disk, name, directories, images };
+        for (number, layer) in layers.iter().enumerate() {
+            let path = unpacked.write(&number.to_string(), layer);
+            apply(std::slice::from_ref(&path), &unpacked.directories);
+            assert!(!path.with_extension("error").exists(), "{path:?}");
+            let image = File::create_new(path.with_extension("lower")).unwrap();
+            let tar = std::fs::read(&path).unwrap();
+            let lowers = Lowers::Images(std::mem::take(&mut unpacked.images));
+            let layout = image_on(&tar, &image, &lowers).unwrap().layout;
+            let Lowers::Images(mut images) = lowers else { unreachable!() };
+            let image = File::open(path.with_extension("lower")).unwrap();
+            images.insert(0, Metadata::open(image, &layout).unwrap());
+            unpacked.images = images;
+            unpacked.directories.insert(0, path.with_extension(""));
+        }
+        unpacked
     }
-    let path = format!("/proc/self/fd/{}/.", found.as_fd().as_raw_fd());
-    let seen = seen::in_directory(Path::new(&path)).remove(&Vec::new()).unwrap();
-    let xattrs = seen.xattrs.into_iter().map(|(name, value)| tar::Xattr { name, value }).collect();
-    let mode = u16::try_from(stat.st_mode & 0o7777).unwrap();
-    Ok(Some(Attributes { mode, uid: stat.st_uid, gid: stat.st_gid, xattrs }))
+
+    fn write(&self, layer: &str, items: &[Item]) -> PathBuf {
+        let path = self.disk.path(&format!("{}-{layer}.tar", self.name));
+        std::fs::write(&path, Tar::of(items.to_vec())).unwrap();
+        path
+    }
+
+    /// What a layer on top becomes. `true` if it was kept.
+    fn compare(self, top: &[Item], fate: Option<Fate>) -> bool {
+        let path = self.write("top", top);
+        let start = now();
+        apply(std::slice::from_ref(&path), &self.directories);
+        let on = |lowers: &Lowers| compare(self.disk, &self.name, &path, fate, lowers, start);
+        let kept = on(&Lowers::Directories(self.directories.clone()));
+        assert_eq!(on(&Lowers::Images(self.images)), kept, "{}", self.name);
+        kept
+    }
 }
 
 #[test]
 fn i3_implied_directories_are_what_containerd_makes_of_them() {
     let disk = Disk::new();
-    let bottom = [
+    let bottom = vec![
         Item::dir("usr").mode(0o751).owner(1, 2).mtime(5),
         Item::dir("usr/lib").mode(0o2775).owner(3, 4).xattr("user.below", b"1"),
         Item::symlink("lib", "/usr/lib"),
@@ -207,7 +247,7 @@ fn i3_implied_directories_are_what_containerd_makes_of_them() {
         Item::dir("gone").mode(0o700),
         Item::file("file", b""),
     ];
-    let middle = [
+    let middle = vec![
         Item::file("usr/.wh..wh..opq", b""),
         Item::dir("usr").mode(0o755).owner(9, 9),
         Item::file(".wh.gone", b""),
@@ -223,18 +263,53 @@ fn i3_implied_directories_are_what_containerd_makes_of_them() {
         Item::file("usr/lib/.wh.g", b""),
         Item::dir("var").mode(0o755),
     ];
-    let write = |name: &str, items: &[Item]| {
-        let path = disk.path(&format!("{name}.tar"));
-        std::fs::write(&path, Tar::of(items.to_vec())).unwrap();
-        path
+    assert!(Unpacked::new(&disk, "on two layers", &[bottom, middle]).compare(&top, None));
+}
+
+/// Attributes of what a layer implies were looked up as the kernel follows symlinks; containerd follows them as text, asks each
+/// layer by itself, and sets xattrs that the new directory does not have.
+#[test]
+fn i3_implied_directories_follow_symlinks_below_as_containerd_does() {
+    let disk = Disk::new();
+    let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let name = |n: usize| format!("l{n:02}");
+    let chain = |length: usize| {
+        let link = move |n| Item::symlink(name(n), if n + 1 == length { "end".into() } else { name(n + 1) });
+        (0..length).map(link).chain([Item::dir("end").mode(0o705)]).collect::<Vec<_>>()
     };
-    let start = now();
-    apply(&[write("bottom", &bottom)], &[]);
-    apply(&[write("middle", &middle)], &[disk.path("bottom")]);
-    let parents = [disk.path("middle"), disk.path("bottom")];
-    let top = write("top", &top);
-    apply(std::slice::from_ref(&top), &parents);
-    assert!(compare(&disk, "on two layers", &top, None, &Unpacked(parents.into()), start));
+    let bottom = vec![
+        Item::dir("a").mode(0o701),
+        Item::dir("a/b").mode(0o702).xattr("user.one", b"1").xattr("user.more", b"2"),
+        Item::dir("a/c").mode(0o703),
+        Item::dir("c").mode(0o704).xattr("security.capability", capability),
+        Item::symlink("s", "a/b"),
+        Item::symlink("abs", "/a/b"),
+        Item::symlink("textual", "s/../c"),
+        Item::symlink("a/up", "../../../../c"),
+        Item::symlink("dangling", "nowhere/at/all"),
+        Item::symlink("to-file", "file"),
+        Item::file("file", b""),
+    ];
+    let above = vec![
+        // The same name in another layer: the layer alone decides where it leads.
+        Item::dir("d").mode(0o706).xattr("user.two", b"2"),
+        Item::symlink("redirected", "d"),
+        Item::symlink("nothing-here", "a/b"),
+    ];
+    let top =
+        ["s", "abs", "textual", "a/up", "dangling", "dangling/x", "to-file", "redirected", "nothing-here"]
+            .map(|path| Item::file(format!("{path}/file"), b"x"));
+    assert!(Unpacked::new(&disk, "links below", &[bottom, above]).compare(&top, None));
+    let implied = |path: &str| [Item::file(format!("{path}/file"), b"x")];
+    assert!(Unpacked::new(&disk, "forty", &[chain(40)]).compare(&implied("l00"), None));
+    // Nobody could open what containerd takes the attributes of.
+    let refused = Some(Fate::RefusedHere);
+    assert!(!Unpacked::new(&disk, "more", &[chain(41)]).compare(&implied("l00"), refused));
+    let endless = vec![Item::symlink("loop", "loop")];
+    assert!(!Unpacked::new(&disk, "a loop", &[endless]).compare(&implied("loop"), None));
+    // containerd fails where a file below is in the way of a directory further down.
+    let file = vec![Item::file("f", b"")];
+    assert!(!Unpacked::new(&disk, "a file", &[file]).compare(&implied("f/g"), Some(Fate::KeptHere)));
 }
 
 /// A block device's content that `blkid` takes for something.

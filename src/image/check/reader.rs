@@ -131,6 +131,26 @@ impl<R: ReadAt> Metadata<R> {
         self.info(&mut window, &inode).map(Some)
     }
 
+    /// The layer's root.
+    pub(in crate::image) fn layer_root(&self) -> Result<NodeInfo, CheckError> {
+        let mut window = self.window(BLOCK);
+        let inode = self.layer_root_inode(&mut window)?;
+        self.info(&mut window, &inode)
+    }
+
+    /// What a single name stands for in a directory of this image.
+    pub(in crate::image) fn child(
+        &self,
+        directory: &NodeInfo,
+        name: &[u8],
+    ) -> Result<Option<NodeInfo>, CheckError> {
+        let mut window = self.window(BLOCK);
+        let directory = self.inode(&mut window, directory.nid)?;
+        let Some(nid) = directory::find(&mut window, &directory, name)? else { return Ok(None) };
+        let inode = self.inode(&mut window, nid)?;
+        self.info(&mut window, &inode).map(Some)
+    }
+
     /// Calls `visit` with each path below the layer root (names joined by `/`; the root itself is empty) and what
     /// stands there: a directory before its entries, those in the order of their names. Ends early when `visit`
     /// answers an error.
@@ -140,10 +160,7 @@ impl<R: ReadAt> Metadata<R> {
     ) -> Result<(), E> {
         let (mut window, mut blocks) = (self.window(PIECE), self.window(PIECE));
         let mut path = Vec::new();
-        let root = self.root(&mut window)?;
-        let fs = directory::find(&mut window, &root, b"fs")?;
-        let fs = fs.ok_or_else(|| refused(Part::Tree, root.at, "the image root has `fs`"))?;
-        let inode = self.inode(&mut window, fs)?;
+        let inode = self.layer_root_inode(&mut window)?;
         visit(&path, &self.info(&mut window, &inode)?)?;
         // A directory that holds itself would be walked for ever.
         let mut left = self.superblock.inodes;
@@ -174,6 +191,13 @@ impl<R: ReadAt> Metadata<R> {
 
     pub(super) fn root(&self, window: &mut Window<'_>) -> Result<Inode, CheckError> {
         self.inode(window, self.superblock.root_nid)
+    }
+
+    fn layer_root_inode(&self, window: &mut Window<'_>) -> Result<Inode, CheckError> {
+        let root = self.root(window)?;
+        let fs = directory::find(window, &root, b"fs")?;
+        let fs = fs.ok_or_else(|| refused(Part::Tree, root.at, "the image root has `fs`"))?;
+        self.inode(window, fs)
     }
 
     pub(super) fn inode(&self, window: &mut Window<'_>, nid: u64) -> Result<Inode, CheckError> {

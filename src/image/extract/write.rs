@@ -8,10 +8,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::path::{names, resolve};
 use super::{Extract, Whiteouts};
 use crate::image::ImageError;
 use crate::image::error::{EntryFault, shown};
+use crate::image::follow::{follow, names};
 use crate::image::limits::Limit;
 use crate::image::tar::{Chunk, Entry, EntryPath, Kind, Reader, Time, Whiteout, Xattr};
 use crate::sys::beneath::{self, Attributed, Dir, NodeType, Special, XattrAnswer};
@@ -116,7 +116,7 @@ impl<'a> Extraction<'a> {
     }
 
     fn make_parents(&mut self, directory: &[u8], entry: &Entry) -> Result<Place, ImageError> {
-        let path = resolve(&self.root, directory, self.how.limits, entry.path.as_bytes())?;
+        let path = self.resolve(directory, entry.path.as_bytes())?;
         let mut place = Place { path: Vec::new(), dir: self.open_root()? };
         for name in names(&path) {
             let below = place.path_of(name);
@@ -134,6 +134,14 @@ impl<'a> Extraction<'a> {
             place = Place { path: below, dir };
         }
         Ok(place)
+    }
+
+    /// `directory` without symlinks; it need not be there. `entry` is what errors are about.
+    fn resolve(&self, directory: &[u8], entry: &[u8]) -> Result<Vec<u8>, ImageError> {
+        let longest = self.how.limits.path;
+        let followed = follow(&self.root, directory, longest);
+        let followed = followed.map_err(|lost| lost.refuse(entry, longest, |error| at(directory, error)))?;
+        Ok(followed.path[1..].to_vec())
     }
 
     fn open_root(&self) -> Result<Dir, ImageError> {
@@ -154,7 +162,9 @@ impl<'a> Extraction<'a> {
         if let Some(attributes) = found {
             node.set_owner(Some(attributes.uid), Some(attributes.gid)).map_err(failed)?;
             node.set_mode(attributes.mode & 0o7777).map_err(failed)?;
-            set_xattrs(&node, NodeType::Directory, &attributes.xattrs, &path)?;
+            // What the kernel gave the new directory, a label for instance, stays.
+            let add = |name: &[u8], value: &[u8]| node.add_xattr(name, value);
+            set_xattrs(add, NodeType::Directory, &attributes.xattrs, &path)?;
         }
         self.remember(&path)?;
         self.implied.push((path, mtime));
@@ -231,7 +241,7 @@ impl<'a> Extraction<'a> {
             return Err(refuse(EntryFault::LinkToDirectory));
         };
         let failed = |source| at(entry.path.as_bytes(), source);
-        let directory = resolve(&self.root, directory, self.how.limits, entry.path.as_bytes())?;
+        let directory = self.resolve(directory, entry.path.as_bytes())?;
         let from = self.root.find(&directory).map_err(failed)?;
         let from = from.ok_or_else(|| refuse(EntryFault::LinkTargetMissing))?;
         let kind = match from.kind(other).map_err(failed)? {
@@ -301,7 +311,7 @@ impl<'a> Extraction<'a> {
         times.sort_by_key(|(_, (after, _))| *after);
         for (path, (_, time)) in times {
             let gone = || ImageError::entry(path, EntryFault::DirectoryGone);
-            let resolved = resolve(&self.root, path, self.how.limits, path).map_err(|error| match error {
+            let resolved = self.resolve(path, path).map_err(|error| match error {
                 ImageError::Entry { .. } | ImageError::Limit { .. } => gone(),
                 error => error,
             })?;
@@ -360,7 +370,7 @@ fn set_attributes(
     path: &[u8],
 ) -> Result<(), ImageError> {
     node.set_owner(entry.uid, entry.gid).map_err(|source| at(path, source))?;
-    set_xattrs(node, kind, &entry.xattrs, path)?;
+    set_xattrs(|name, value| node.set_xattr(name, value), kind, &entry.xattrs, path)?;
     if kind != NodeType::Symlink {
         node.set_mode(entry.mode).map_err(|source| at(path, source))?;
     }
@@ -372,13 +382,13 @@ fn set_time(node: &impl Attributed, time: Time, path: &[u8]) -> Result<(), Image
 }
 
 fn set_xattrs(
-    node: &impl Attributed,
+    set: impl Fn(&[u8], &[u8]) -> io::Result<XattrAnswer>,
     kind: NodeType,
     xattrs: &[Xattr],
     path: &[u8],
 ) -> Result<(), ImageError> {
     for Xattr { name, value } in xattrs.iter().filter(|xattr| !xattr.name.starts_with(b"trusted.")) {
-        match node.set_xattr(name, value).map_err(|source| at(path, source))? {
+        match set(name, value).map_err(|source| at(path, source))? {
             XattrAnswer::Set => {}
             XattrAnswer::Forbidden
                 if name.starts_with(b"user.") && matches!(kind, NodeType::Symlink | NodeType::Special) => {}

@@ -62,6 +62,13 @@ impl Tree<'_> {
     }
 }
 
+/// Whether an implied directory takes an xattr over from below. containerd passes over those of `trusted.`, and what a file system
+/// does not support. An ACL is taken over, and then refused by [`Tree::set_xattr`].
+pub(super) fn is_taken_over(xattr: &Xattr) -> bool {
+    let prefixes = [&b"user."[..], b"security.", b"system.posix_acl_"];
+    prefixes.iter().any(|prefix| xattr.name.starts_with(prefix))
+}
+
 fn unrepresentable(path: &[u8], reason: Unrepresentable) -> ImageError {
     ImageError::Unrepresentable { path: shown(path), reason }
 }
