@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 
 use super::DriverError;
 use crate::sys::mount::TrialMount;
-use crate::sys::tree;
+use crate::sys::{idmap, tree};
 
 /// The options every overlay mount must carry here, beside its directories: what the user configured, then `userxattr`
 /// and `index=off` where they apply. An error says what to change.
 pub fn overlay_options(root: &Path, configured: &[String]) -> Result<Vec<String>, DriverError> {
     let mut options = configured.to_vec();
-    if !has_option(&options, "userxattr") && in_user_namespace() {
+    if !has_option(&options, "userxattr") && idmap::in_user_namespace() {
         options.push("userxattr".into());
     }
     // Options are last-wins in the kernel: adding index=off after a configured index=on would override it silently.
@@ -57,16 +57,6 @@ pub fn clear_leftovers(root: &Path) {
 /// Whether `options` has `key`, alone or as `key=value`.
 pub fn has_option(options: &[String], key: &str) -> bool {
     options.iter().any(|option| option.split('=').next() == Some(key))
-}
-
-/// Whether this process sees only a part of the host's user ids.
-pub fn in_user_namespace() -> bool {
-    std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| !is_identity(&map))
-}
-
-fn is_identity(uid_map: &str) -> bool {
-    let fields: Vec<&str> = uid_map.split_whitespace().collect();
-    fields == ["0", "0", "4294967295"]
 }
 
 /// A scratch directory below the root with what a trial needs, removed when dropped.
@@ -171,11 +161,5 @@ mod tests {
         assert!(has_option(&options, "index"));
         assert!(has_option(&options, "volatile"));
         assert!(!has_option(&options, "userxattr"));
-    }
-
-    #[test]
-    fn the_first_user_namespace_is_the_identity() {
-        assert!(is_identity("         0          0 4294967295\n"));
-        assert!(!is_identity("         0     100000      65536\n"));
     }
 }

@@ -18,6 +18,7 @@ use super::{LayerError, LayerStore};
 use crate::chunk::{ChunkId, ChunkRef};
 use crate::content::ContentStore;
 use crate::content::index::LayerIndex;
+use crate::sys::blocking;
 
 /// How many chunks of one layer are on their way at once: 32 of a quarter MiB keep a link of 1 Gbit/s and 20 ms busy.
 const AT_ONCE: usize = 32;
@@ -143,15 +144,4 @@ enum Found {
 fn is_present(file: &File, offset: u64, chunk: ChunkRef) -> bool {
     let mut bytes = vec![0; usize::try_from(chunk.length).unwrap_or(0)];
     file.read_exact_at(&mut bytes, offset).is_ok() && ChunkId::of(&bytes) == chunk.id
-}
-
-/// Runs blocking code on a thread of its own; a panic in it becomes a panic of the caller.
-async fn blocking<T: Send + 'static>(
-    run: impl FnOnce() -> std::io::Result<T> + Send + 'static,
-) -> std::io::Result<T> {
-    match tokio::task::spawn_blocking(run).await {
-        Ok(result) => result,
-        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        Err(_) => Err(std::io::Error::other("shutting down")),
-    }
 }

@@ -7,8 +7,9 @@ use std::time::{Duration, SystemTime};
 
 use super::call::Lane;
 use super::description::Access;
-use super::open::{blocking, failed};
+use super::open::failed;
 use super::{ObjectError, Objects};
+use crate::sys::blocking;
 
 /// How many directories deep objects are at most.
 const DEPTH: u32 = 8;

@@ -26,6 +26,12 @@ pub(super) enum Failure {
     TooSoon(String),
 }
 
+impl From<tokio::task::JoinError> for Failure {
+    fn from(error: tokio::task::JoinError) -> Failure {
+        Failure::Transient(error.to_string())
+    }
+}
+
 impl From<Error> for Failure {
     fn from(error: Error) -> Failure {
         if let Some(failure) = chain(&error).find_map(|e| e.downcast_ref::<io::Error>()).and_then(of_io) {

@@ -18,6 +18,7 @@ use url::Url;
 
 use super::failure::{Failure, of_io};
 use super::{ObjectError, StoreOptions};
+use crate::sys::blocking;
 
 /// Endpoints and credentials, by the names of environment variables: `AWS_*`, `GOOGLE_*`, `AZURE_*`.
 #[derive(Clone, Default)]
@@ -260,14 +261,4 @@ async fn open_directory(root: PathBuf) -> Result<Arc<LocalFileSystem>, Failure> 
 /// An error of a directory's own.
 pub(super) fn failed(error: &std::io::Error) -> Failure {
     of_io(error).unwrap_or_else(|| Failure::Transient(error.to_string()))
-}
-
-/// Runs what may wait for a disk.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
-) -> Result<T, Failure> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => Err(Failure::Transient(error.to_string())),
-    }
 }

@@ -327,3 +327,9 @@ pub enum SnapshotError {
     #[error("speedy is shutting down")]
     ShuttingDown,
 }
+
+impl From<tokio::task::JoinError> for SnapshotError {
+    fn from(_: tokio::task::JoinError) -> SnapshotError {
+        SnapshotError::ShuttingDown
+    }
+}

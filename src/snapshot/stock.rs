@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::SnapshotError;
 use super::metastore::MetaStore;
 use crate::driver::{Driver, DriverError, Id};
+use crate::sys;
 
 /// How many Ids are kept at most.
 pub const CAPACITY: usize = 64;
@@ -134,7 +135,7 @@ struct Refill {
     failing: bool,
 }
 
-/// Runs blocking code on a thread of its own; a panic in it becomes a panic of the caller.
+/// [`sys::blocking()`] for errors of ours and for those of lower tiers.
 pub(super) async fn blocking<T, E>(
     run: impl FnOnce() -> Result<T, E> + Send + 'static,
 ) -> Result<T, SnapshotError>
@@ -142,9 +143,5 @@ where
     T: Send + 'static,
     E: Into<SnapshotError> + Send + 'static,
 {
-    match tokio::task::spawn_blocking(run).await {
-        Ok(result) => result.map_err(Into::into),
-        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        Err(_) => Err(SnapshotError::ShuttingDown),
-    }
+    sys::blocking(|| run().map_err(Into::into)).await
 }

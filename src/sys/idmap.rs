@@ -15,6 +15,16 @@ use rustix::fs::CWD;
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 use rustix::thread::UnshareFlags;
 
+/// Whether this process is in another user namespace than the first: then it can make no devices. One whose map was not written
+/// yet is another as well; without the file the kernel has no user namespaces (user_namespaces(7)).
+pub fn in_user_namespace() -> bool {
+    std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| !is_first(&map))
+}
+
+fn is_first(uid_map: &str) -> bool {
+    uid_map.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
 /// A directory mounted with mapped owners, taken away when dropped.
 #[derive(Debug)]
 pub struct IdMapped {
@@ -101,4 +111,17 @@ fn set_mapping(tree: &OwnedFd, namespace: &OwnedFd) -> io::Result<()> {
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_user_namespace_maps_all_ids_to_themselves() {
+        assert!(is_first("         0          0 4294967295\n"));
+        assert!(!is_first("         0     100000      65536\n"));
+        assert!(!is_first("0 0 1\n1 1 4294967294\n"));
+        assert!(!is_first(""), "not written yet");
+    }
 }

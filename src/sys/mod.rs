@@ -1,11 +1,12 @@
 //! The kernel's door: the only module that makes raw system calls, and the only one where `unsafe` may appear.
 //!
 //! Everything here is blocking and knows nothing of snapshots. Callers on the async side go through
-//! `spawn_blocking`.
+//! [`blocking()`].
 
 #![allow(unsafe_code, reason = "raw system calls live here; each block states why it is sound")]
 
 pub mod beneath;
+mod blocking;
 pub mod extent;
 pub mod idmap;
 pub mod limits;
@@ -17,3 +18,5 @@ pub mod reserve;
 pub mod socket;
 pub mod space;
 pub mod tree;
+
+pub use blocking::blocking;

@@ -14,7 +14,8 @@ use crate::image::error::{EntryFault, shown};
 use crate::image::follow::{follow, names};
 use crate::image::limits::Limit;
 use crate::image::tar::{Chunk, Entry, EntryPath, Kind, Reader, Time, Whiteout, Xattr};
-use crate::sys::beneath::{self, Attributed, Dir, NodeType, Special, XattrAnswer};
+use crate::sys::beneath::{Attributed, Dir, NodeType, Special, XattrAnswer};
+use crate::sys::idmap;
 use crate::sys::tree::TreeError;
 
 const DEFAULT_MODE: u16 = 0o755;
@@ -69,7 +70,7 @@ impl<'a> Extraction<'a> {
             root: Dir::open(dir).map_err(|source| at(b"", source))?,
             how,
             cancelled,
-            leave_devices_out: beneath::in_user_namespace(),
+            leave_devices_out: idmap::in_user_namespace(),
             last: None,
             removed: false,
             times: HashMap::new(),

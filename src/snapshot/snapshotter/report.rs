@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Snapshotter;
 use crate::oci::ChainId;
-use crate::snapshot::metastore::{Own, Record};
+use crate::snapshot::metastore::{Own, PublishEntry, Record};
 use crate::snapshot::remote;
 use crate::snapshot::report::{
     LayerExplained, LayerNumbers, LayerReport, Problem, PublishState, SnapshotNumbers,
@@ -47,7 +47,7 @@ impl Snapshotter {
     pub fn publish_state(&self, policy: &str) -> PublishState {
         let queue = self.meta.publish_queue();
         let counts = self.remote.publisher.as_ref().map(|publisher| publisher.counts()).unwrap_or_default();
-        let problem = |entry: &crate::snapshot::metastore::PublishEntry| Problem {
+        let problem = |entry: &PublishEntry| Problem {
             chain: entry.chain.to_string(),
             retried: entry.dropped.is_none(),
             message: entry.dropped.clone().unwrap_or_else(|| entry.message.clone()),
@@ -77,7 +77,8 @@ impl Snapshotter {
             found.sort_by_key(|record| record.layer.is_none());
             found.first().map(|record| Arc::clone(record))
         };
-        chains.iter().map(|chain| self.explain(Some(chain), find(chain).as_deref())).collect()
+        let layers = chains.iter().map(|chain| (Some(chain.clone()), find(chain)));
+        self.explain(layers.collect())
     }
 
     /// What lies below the snapshot whose key a client called `key` in `namespace`, the lowest first. Blocking.
@@ -91,40 +92,44 @@ impl Snapshotter {
         if at.is_none() {
             return Err(SnapshotError::NotFound { key: Key::new(key)? });
         }
-        let mut explained = Vec::new();
+        let mut layers = Vec::new();
         while let Some(record) = at {
             let chain = remote::chain_of(&record.info.labels, &record.info.name);
-            explained.push(self.explain(chain.as_ref(), Some(&record)));
             at = record.info.parent.as_ref().and_then(|parent| self.meta.get(parent));
+            layers.push((chain, Some(record)));
         }
-        explained.reverse();
-        Ok(explained)
+        layers.reverse();
+        Ok(self.explain(layers))
     }
 
-    fn explain(&self, chain: Option<&ChainId>, record: Option<&Record>) -> LayerExplained {
-        let image = record.and_then(|record| record.layer).and_then(|serial| self.meta.layer(serial));
-        let claims = |serial: u64| self.meta.claims().get(&serial).copied().unwrap_or(0);
-        let image = image.zip(self.remote.layers.as_ref());
-        let image = image.map(|(layer, layers)| layers.report(&layer, claims(layer.id.serial)));
-        let kind = match (record, &image) {
-            (None, _) => "absent",
-            (Some(_), None) => "files",
-            (Some(record), Some(_)) if record.own == Own::Used => "files on an image",
-            (Some(_), Some(_)) => "image",
+    fn explain(&self, layers: Vec<(Option<ChainId>, Option<Arc<Record>>)>) -> Vec<LayerExplained> {
+        let (claims, queue) = (self.meta.claims(), self.meta.publish_queue());
+        let explain = |(chain, record): (Option<ChainId>, Option<Arc<Record>>)| {
+            let image =
+                record.as_ref().and_then(|record| record.layer).and_then(|serial| self.meta.layer(serial));
+            let claims = |serial: u64| claims.get(&serial).copied().unwrap_or(0);
+            let image = image.zip(self.remote.layers.as_ref());
+            let image = image.map(|(layer, layers)| layers.report(&layer, claims(layer.id.serial)));
+            let kind = match (&record, &image) {
+                (None, _) => "absent",
+                (Some(_), None) => "files",
+                (Some(record), Some(_)) if record.own == Own::Used => "files on an image",
+                (Some(_), Some(_)) => "image",
+            };
+            let entry = chain.as_ref().and_then(|chain| queue.iter().find(|entry| entry.chain == *chain));
+            let publish = entry.map(|entry| match (&entry.dropped, entry.message.is_empty()) {
+                (Some(reason), _) => format!("given up: {reason}"),
+                (None, true) => "waiting".to_owned(),
+                (None, false) => format!("tried {} times: {}", entry.attempts, entry.message),
+            });
+            LayerExplained {
+                chain: chain.as_ref().map(ToString::to_string),
+                kind: kind.to_owned(),
+                image,
+                remote: chain.as_ref().and_then(|chain| self.hits.as_ref()?.answer(chain)),
+                publish,
+            }
         };
-        let queue = self.meta.publish_queue();
-        let entry = chain.and_then(|chain| queue.into_iter().find(|entry| entry.chain == *chain));
-        let publish = entry.map(|entry| match (entry.dropped, entry.message.is_empty()) {
-            (Some(reason), _) => format!("given up: {reason}"),
-            (None, true) => "waiting".to_owned(),
-            (None, false) => format!("tried {} times: {}", entry.attempts, entry.message),
-        });
-        LayerExplained {
-            chain: chain.map(ToString::to_string),
-            kind: kind.to_owned(),
-            image,
-            remote: chain.and_then(|chain| self.hits.as_ref()?.answer(chain)),
-            publish,
-        }
+        layers.into_iter().map(explain).collect()
     }
 }
