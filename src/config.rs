@@ -74,6 +74,8 @@ pub struct Config {
     pub cleanup: CleanupConfig,
     /// The use of layers that are already on this node.
     pub layers: LayersConfig,
+    /// What a layer may have at most.
+    pub limits: LimitsConfig,
     /// Taking layers from the store.
     pub fetch: FetchConfig,
     /// Putting layers on the store.
@@ -118,6 +120,17 @@ pub struct LayersConfig {
     pub keep_free: Percent,
 }
 
+/// What a layer may have at most, so that a hostile one does not fill a node's disk or memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LimitsConfig {
+    /// Bytes of it, uncompressed.
+    pub size: ByteSize,
+    /// Files and directories of its image.
+    pub entries: u64,
+    /// Metadata of its image.
+    pub metadata: ByteSize,
+}
+
 /// Taking layers from the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FetchConfig {
@@ -157,6 +170,11 @@ impl Default for Config {
                 share: LayerSharing::Isolated,
                 budget: ByteSize::from_gib(20),
                 keep_free: Percent::new(20),
+            },
+            limits: LimitsConfig {
+                size: ByteSize::from_gib(256),
+                entries: 2_000_000,
+                metadata: ByteSize::from_mib(512),
             },
             fetch: FetchConfig { deadline: Timespan::from_secs(5) },
             publish: PublishConfig { policy: PublishPolicy::Auto },

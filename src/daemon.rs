@@ -23,7 +23,6 @@ use crate::content::memory::MemoryError;
 use crate::content::trust::{KEY_FILE, KeyError};
 use crate::driver::overlay::{Overlay, OverlayOptions};
 use crate::driver::{Driver, DriverError, probe};
-use crate::image::Limits;
 use crate::layer::LayerError;
 use crate::service::{self, About, ServeError, Served};
 use crate::snapshot::SnapshotError;
@@ -112,7 +111,7 @@ pub async fn run(
     let composed = remote::compose(config, &meta, &blobs)?;
     let about = about(config, &composed);
     let layers = composed.remote.layers.clone();
-    let limits = Limits::default();
+    let limits = remote::limits(config);
     let applier = Applier::new(Arc::clone(&meta), Arc::clone(&driver), layers, limits, &config.root);
     let snapshotter =
         Arc::new(Snapshotter::new(Arc::clone(&meta), driver, applier, composed.remote, policy(config)));

@@ -124,7 +124,8 @@ async fn publish(effective: &Effective, arguments: &Arguments, start: Instant) -
     }
     let meter = Arc::new(Meter::new(&image, arguments.json));
     let present = if arguments.force { Present::PublishAgain } else { Present::Skip };
-    let work = Work { store, source, image, temp, present, meter };
+    let limits = daemon::remote::limits(config);
+    let work = Work { store, source, image, temp, present, limits, meter };
     let outcomes = work.run().await;
     work.meter.end();
     work.source.end().await;

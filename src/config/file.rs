@@ -79,7 +79,7 @@ fn given(value: &Spanned<DeValue<'_>>) -> Given {
     match value.get_ref() {
         DeValue::String(text) => Given::Text(text.to_string()),
         DeValue::Boolean(flag) => Given::Flag(*flag),
-        DeValue::Integer(_) => Given::Other("an integer"),
+        DeValue::Integer(number) => Given::Number(number.to_string()),
         DeValue::Float(_) => Given::Other("a float"),
         DeValue::Datetime(_) => Given::Other("a date"),
         DeValue::Table(_) => Given::Other("a table"),

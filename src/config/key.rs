@@ -41,6 +41,8 @@ pub(super) enum Given {
     Text(String),
     /// A TOML boolean.
     Flag(bool),
+    /// A TOML integer, as it is written.
+    Number(String),
     /// A TOML array of strings.
     List(Vec<String>),
     /// Any other TOML value: its type, with the article.
@@ -71,6 +73,19 @@ impl Given {
         match self {
             Given::Text(text) | Given::Word(text) => Ok(text),
             Given::Flag(_) => Err(Problem::Type("a boolean")),
+            Given::Number(_) => Err(Problem::Type("an integer")),
+            Given::List(_) => Err(Problem::Type("an array")),
+            Given::Other(found) => Err(Problem::Type(found)),
+        }
+    }
+
+    fn number(self) -> Result<u64, Problem> {
+        match self {
+            Given::Number(text) | Given::Word(text) => {
+                text.parse().map_err(|_| value(format!("{text:?} is not a whole number")))
+            }
+            Given::Text(_) => Err(Problem::Type("a string")),
+            Given::Flag(_) => Err(Problem::Type("a boolean")),
             Given::List(_) => Err(Problem::Type("an array")),
             Given::Other(found) => Err(Problem::Type(found)),
         }
@@ -85,6 +100,7 @@ impl Given {
                 _ => Err(value(format!("{word:?} is neither true nor false"))),
             },
             Given::Text(_) => Err(Problem::Type("a string")),
+            Given::Number(_) => Err(Problem::Type("an integer")),
             Given::List(_) => Err(Problem::Type("an array")),
             Given::Other(found) => Err(Problem::Type(found)),
         }
@@ -97,6 +113,7 @@ impl Given {
             Given::Word(word) => Ok(word.split(',').map(|item| item.trim().to_owned()).collect()),
             Given::Text(_) => Err(Problem::Type("a string")),
             Given::Flag(_) => Err(Problem::Type("a boolean")),
+            Given::Number(_) => Err(Problem::Type("an integer")),
             Given::Other(found) => Err(Problem::Type(found)),
         }
     }
@@ -200,6 +217,36 @@ pub(super) const KEYS: &[Key] = &[
             Percent::parse(&given.text()?).map(|share| config.layers.keep_free = share).map_err(value)
         },
         show: |config| json!(config.layers.keep_free),
+    },
+    Key {
+        name: "limits.size",
+        accepted: "a size from \"1MiB\" to \"4TiB\"",
+        set: |config, given| {
+            let size = size_from(ByteSize::from_mib(1), ByteSize::from_gib(4096), &given.text()?);
+            size.map(|size| config.limits.size = size)
+        },
+        show: |config| json!(config.limits.size),
+    },
+    Key {
+        name: "limits.entries",
+        accepted: "a whole number from 1000 to 100000000",
+        set: |config, given| match given.number()? {
+            entries @ 1000..=100_000_000 => {
+                config.limits.entries = entries;
+                Ok(())
+            }
+            other => Err(value(format!("{other} is out of range"))),
+        },
+        show: |config| json!(config.limits.entries),
+    },
+    Key {
+        name: "limits.metadata",
+        accepted: "a size from \"1MiB\" to \"1GiB\"",
+        set: |config, given| {
+            let size = size_from(ByteSize::from_mib(1), ByteSize::from_gib(1), &given.text()?);
+            size.map(|size| config.limits.metadata = size)
+        },
+        show: |config| json!(config.limits.metadata),
     },
     Key {
         name: "fetch.deadline",
@@ -336,6 +383,13 @@ fn time_limit(text: &str) -> Result<Timespan, Problem> {
         return Err(value(format!("{limit} is out of range")));
     }
     Ok(limit)
+}
+
+fn size_from(least: ByteSize, most: ByteSize, text: &str) -> Result<ByteSize, Problem> {
+    match ByteSize::parse(text).map_err(value)? {
+        size if size < least || size > most => Err(value(format!("{size} is out of range"))),
+        size => Ok(size),
+    }
 }
 
 fn trusted_keys(keys: Vec<String>) -> Result<Vec<String>, Problem> {

@@ -56,7 +56,7 @@ impl Effective {
     }
 }
 
-/// A JSON value as TOML writes it. The two agree on strings without control characters, on booleans and on lists;
+/// A JSON value as TOML writes it. The two agree on strings without control characters, on booleans, integers and lists;
 /// no key has another type, and no accepted value holds a control character.
 fn toml_value(value: &Value) -> String {
     match value {

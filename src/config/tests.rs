@@ -129,6 +129,9 @@ fn every_key_has_a_variable() {
         ("SPEEDY_LAYERS_SHARE", "node"),
         ("SPEEDY_LAYERS_BUDGET", "512MiB"),
         ("SPEEDY_LAYERS_KEEP_FREE", "5%"),
+        ("SPEEDY_LIMITS_SIZE", "1TiB"),
+        ("SPEEDY_LIMITS_ENTRIES", "5000"),
+        ("SPEEDY_LIMITS_METADATA", "64MiB"),
         ("SPEEDY_FETCH_DEADLINE", "3s"),
         ("SPEEDY_PUBLISH_POLICY", "off"),
         ("SPEEDY_TRUST_MODE", "any"),
@@ -140,6 +143,7 @@ fn every_key_has_a_variable() {
     assert_eq!(loaded.config.overlayfs.mount_options, ["volatile", "metacopy=on"]);
     assert!(loaded.config.overlayfs.upperdir_label);
     assert_eq!(loaded.config.layers.share, LayerSharing::Node);
+    assert_eq!(loaded.config.limits.entries, 5000);
     assert_eq!(loaded.config.metrics.unwrap().to_string(), "127.0.0.1:1");
     let empty = with_variables(&[("SPEEDY_OVERLAYFS_MOUNT_OPTIONS", "")]).unwrap();
     assert!(empty.config.overlayfs.mount_options.is_empty());
@@ -227,6 +231,7 @@ fn wrong_types_say_what_is_accepted() {
             "overlayfs.upperdir_label is a string; accepted: true or false",
         ),
         ("[cleanup]\ntime_limit = 30", ":2: cleanup.time_limit is an integer; accepted: a time"),
+        ("[limits]\nentries = '5000'", ":2: limits.entries is a string; accepted: a whole number"),
         ("[[log]]\nlevel = 'info'", ":1: unknown key \"log\""),
     ] {
         let shown = message(text);
@@ -262,6 +267,10 @@ fn bad_values_say_why_and_what_is_accepted() {
         ("[layers]\nshare = 'all'", "\"all\" is none of them"),
         ("[layers]\nbudget = '20GB'", "units are KiB, MiB, GiB and TiB"),
         ("[layers]\nkeep_free = '95%'", "0% to 90%"),
+        ("[limits]\nsize = '1KiB'", "1KiB is out of range"),
+        ("[limits]\nentries = 999", "999 is out of range"),
+        ("[limits]\nentries = -1", "\"-1\" is not a whole number"),
+        ("[limits]\nmetadata = '2GiB'", "2GiB is out of range"),
         ("[fetch]\ndeadline = '0s'", "out of range"),
         ("[publish]\npolicy = 'never'", "\"never\" is none of them"),
         ("[trust]\nmode = 'some'", "\"some\" is none of them"),

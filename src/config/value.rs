@@ -127,6 +127,11 @@ impl ByteSize {
         ByteSize(gib << 30)
     }
 
+    /// So many MiB.
+    pub const fn from_mib(mib: u64) -> ByteSize {
+        ByteSize(mib << 20)
+    }
+
     /// In bytes.
     pub const fn bytes(self) -> u64 {
         self.0

@@ -12,6 +12,7 @@ use crate::containerd::blob::Blobs;
 use crate::content::memory::MemorySource;
 use crate::content::trust::{KEY_FILE, PublicKey, PublisherKey, Trust};
 use crate::content::{self, ContentStore};
+use crate::image::Limits;
 use crate::layer::LayerStore;
 use crate::layer::attach::{AttachError, Attacher, Mode};
 use crate::object::{Objects, Settings, StoreOptions};
@@ -55,6 +56,7 @@ pub(super) fn compose(
             Arc::clone(layers),
             Arc::clone(content),
             blobs.clone(),
+            limits(config),
             &config.root,
         ))),
         _ => None,
@@ -107,6 +109,13 @@ pub fn trust(config: &Config) -> Trust {
     }
 }
 
+/// What a layer may have at most.
+pub fn limits(config: &Config) -> Limits {
+    let limits = &config.limits;
+    let (size, entries, metadata) = (limits.size.bytes(), limits.entries, limits.metadata.bytes());
+    Limits { data: size, plain: size, entries, metadata, ..Limits::default() }
+}
+
 /// The store as people are told of it.
 pub(super) fn store_state(config: &Config, composed: &Composed) -> impl Fn() -> Option<StoreState> + use<> {
     let (content, objects) = (composed.remote.content.clone(), composed.objects.clone());
@@ -120,5 +129,15 @@ pub(super) fn store_state(config: &Config, composed: &Composed) -> impl Fn() -> 
         };
         let keys = std::iter::once(content.publisher().to_string()).chain(listed.iter().cloned());
         Some(StoreState { url: url.clone(), state, trust: trust.clone(), keys: keys.collect() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_that_nobody_set_are_those_of_images() {
+        assert_eq!(limits(&Config::default()), Limits::default());
     }
 }

@@ -106,7 +106,7 @@ pub(super) async fn image_of(
     blobs: &Blobs,
     entry: &PublishEntry,
     store: &LayerStore,
-    below: BelowSnapshot,
+    (below, limits): (BelowSnapshot, Limits),
 ) -> Result<Made, BlobError> {
     let containerd = blobs.containerd(&entry.namespace).await?;
     let blob = find(&containerd, entry).await?;
@@ -121,7 +121,6 @@ pub(super) async fn image_of(
             // Which compression it has is told by its first bytes.
             let compression = Compression::of_media_type("application/vnd.oci.image.layer.v1.tar")
                 .map_err(BlobError::Unusable)?;
-            let limits = Limits::default();
             let source = Source { blob: source, compression };
             let built = image::build(source, &file, &below, &limits, &|| cancel.is_cancelled());
             built.map_err(BlobError::Unusable)

@@ -31,7 +31,7 @@ use crate::containerd::blob::Blobs;
 use crate::content::index::IndexDigest;
 use crate::content::publish::{PublishRequest, Published};
 use crate::content::{ContentError, ContentStore};
-use crate::image::Facts;
+use crate::image::{Facts, Limits};
 use crate::oci::ChainId;
 
 /// The longest time between two attempts.
@@ -80,6 +80,7 @@ pub struct Publisher {
     layers: Arc<Layers>,
     content: Arc<ContentStore>,
     blobs: Blobs,
+    limits: Limits,
     points: PathBuf,
     queued: Notify,
     due: Mutex<HashMap<ChainId, Instant>>,
@@ -94,6 +95,7 @@ impl Publisher {
         layers: Arc<Layers>,
         content: Arc<ContentStore>,
         blobs: Blobs,
+        limits: Limits,
         root: &Path,
     ) -> Publisher {
         let (due, held, counts) = (Mutex::default(), Mutex::default(), Mutex::default());
@@ -102,6 +104,7 @@ impl Publisher {
             layers,
             content,
             blobs,
+            limits,
             points: root.join("l"),
             queued: Notify::new(),
             due,
@@ -223,7 +226,9 @@ impl Publisher {
             }
             _ => {
                 let below = self.below(&entry.chain).ok_or(BlobError::Removed)?;
-                let made = blob::image_of(&self.blobs, entry, &self.layers.store, below).await?;
+                let made =
+                    blob::image_of(&self.blobs, entry, &self.layers.store, (below, self.limits.clone()))
+                        .await?;
                 self.publish_image(&made.file, &made.facts, entry).await.map(|_| ())
             }
         }

@@ -17,6 +17,7 @@ use crate::chunk::verified::Verified;
 use crate::containerd::manifest::Platform;
 use crate::content::trust::{PublisherKey, Trust};
 use crate::content::{ContentStore, Found, Lookup, Options, Parts};
+use crate::image::Limits;
 use crate::object::Objects;
 use crate::oci::{ChainId, Digest, Sha256};
 
@@ -114,7 +115,8 @@ async fn publish(
     let temp = tempfile::tempdir().unwrap();
     let image = resolve(&mut source, name).await?;
     let meter = Arc::new(Meter::new(&image, true));
-    let work = Work { store: store(objects), source, image, temp: temp.path().to_owned(), present, meter };
+    let (store, limits) = (store(objects), Limits::default());
+    let work = Work { store, source, image, temp: temp.path().to_owned(), present, limits, meter };
     let outcomes = work.run().await?;
     assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 0, "layer images are left");
     Ok((work.image, outcomes))

@@ -37,6 +37,7 @@ pub(super) struct Work {
     /// Where layer images are made.
     pub(super) temp: PathBuf,
     pub(super) present: Present,
+    pub(super) limits: Limits,
     pub(super) meter: Arc<Meter>,
 }
 
@@ -104,11 +105,11 @@ impl Work {
         // Dropped with this call, and then the thread has nobody to work for.
         let stop = CancellationToken::new();
         let _stop_when_dropped = stop.clone().drop_guard();
-        let meter = Arc::clone(&self.meter);
+        let (meter, limits) = (Arc::clone(&self.meter), self.limits.clone());
         let building = tokio::task::spawn_blocking(move || {
             let blob = Counted { blob, read: 0, position, meter };
             let source = image::Source { blob, compression };
-            let facts = image::build(source, &file, &below, &Limits::default(), &|| stop.is_cancelled())?;
+            let facts = image::build(source, &file, &below, &limits, &|| stop.is_cancelled())?;
             Ok::<_, image::ImageError>((facts, file))
         });
         let (facts, file) = building.await?.with_context(whose)?;
