@@ -193,3 +193,14 @@ fn functions(text: &str) -> Vec<(String, usize)> {
     }
     found
 }
+
+/// `SPEEDY_FUZZ_SECONDS` was exported for the tests, and every daemon of the end-to-end tests warned of a setting that it does not
+/// have.
+#[test]
+fn what_the_tests_export_is_no_setting() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/test");
+    let text = std::fs::read_to_string(script).unwrap();
+    let exported = text.lines().filter(|line| line.trim_start().starts_with("export "));
+    let ours: Vec<&str> = exported.filter(|line| line.contains("SPEEDY_")).collect();
+    assert!(ours.is_empty(), "{ours:?}");
+}

@@ -439,7 +439,7 @@ fn what_is_mounted_but_not_shown_goes_with_its_holder() {
     assert!(root.mounts().is_empty());
 }
 
-const CHILD: &str = "SPEEDY_TEST_ATTACH_ROOT";
+const CHILD: &str = "TEST_ATTACH_ROOT";
 
 /// Probes, attaches and detaches until it is killed.
 #[test]

@@ -1,7 +1,7 @@
 //! kill -9 at random instants under 16 clients: every answered call is there afterwards, an unanswered one is wholly done or not
 //! at all, and after a Cleanup records and storage are equal.
 //!
-//! `SPEEDY_CRASH_ROUNDS` sets the number of kills (200), `SPEEDY_CRASH_SEED` the first seed; each round prints nothing unless
+//! `CRASH_ROUNDS` sets the number of kills (200), `CRASH_SEED` the first seed; each round prints nothing unless
 //! it fails, and then its seed.
 
 use std::collections::BTreeMap;
@@ -190,14 +190,14 @@ pub(crate) fn require_equal(place: &Place, context: &str) {
 #[test]
 fn kill_at_any_instant_loses_no_answered_call() {
     let number = |name: &str, default: u64| std::env::var(name).map_or(default, |n| n.parse().unwrap());
-    let (rounds, first_seed) = (number("SPEEDY_CRASH_ROUNDS", 200), number("SPEEDY_CRASH_SEED", 1));
+    let (rounds, first_seed) = (number("CRASH_ROUNDS", 200), number("CRASH_SEED", 1));
     let place = Place::new();
     let mut known = vec![Known::default(); CLIENTS];
     let mut doubts: Vec<Option<Op>> = vec![None; CLIENTS];
     let mut answered_in_all = 0;
     for round in 0..rounds {
         let seed = first_seed + round;
-        let context = format!("SPEEDY_CRASH_SEED={seed} SPEEDY_CRASH_ROUNDS=1 (round {round})");
+        let context = format!("CRASH_SEED={seed} CRASH_ROUNDS=1 (round {round})");
         let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
         runtime().block_on(async {
             let mut daemon = place.start();

@@ -153,7 +153,7 @@ fn i3_every_case_is_what_containerd_makes_of_it() {
 #[test]
 fn i3_random_layers_are_what_containerd_makes_of_them() {
     let disk = Disk::new();
-    let count = std::env::var("SPEEDY_RANDOM_LAYERS").map_or(600, |count| count.parse().unwrap());
+    let count = std::env::var("RANDOM_LAYERS").map_or(600, |count| count.parse().unwrap());
     let path = |seed: u64| disk.path(&format!("random{seed}.tar"));
     for seed in 0..count {
         std::fs::write(path(seed), random::layer(seed)).unwrap();

@@ -1,7 +1,7 @@
 //! A mutation loop for code that reads what others wrote, on stable Rust and in every test run.
 //!
 //! [`run`] changes the inputs of a corpus in the ways that break readers (bits, lengths, cuts, pieces moved and repeated) and
-//! hands them to the target for `SPEEDY_FUZZ_SECONDS` (2 by default, 60 in CI). The seed is fixed, so two runs try the same
+//! hands them to the target for `FUZZ_SECONDS` (2 by default, 60 in CI). The seed is fixed, so two runs try the same
 //! inputs in the same order. A target fails by panicking; the input is then written to the temporary directory and named.
 //! The crate `fuzz/` drives the same targets by coverage where there is a nightly compiler.
 
@@ -19,8 +19,7 @@ const LONGEST: usize = 64 * 1024;
 
 /// How long each target is tried.
 fn time() -> Duration {
-    let seconds =
-        std::env::var("SPEEDY_FUZZ_SECONDS").ok().map(|text| text.parse().expect("SPEEDY_FUZZ_SECONDS"));
+    let seconds = std::env::var("FUZZ_SECONDS").ok().map(|text| text.parse().expect("FUZZ_SECONDS"));
     Duration::from_secs(seconds.unwrap_or(2))
 }
 
