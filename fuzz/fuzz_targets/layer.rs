@@ -15,7 +15,8 @@ fuzz_target!(|blob: &[u8]| {
             block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
         }
     }
-    let limits = Limits { plain: 1 << 20, data: 1 << 20, metadata: 1 << 20, entries: 1000, ..Limits::default() };
+    let limits =
+        Limits { plain: 1 << 20, data: 1 << 20, metadata: 1 << 20, entries: 1000, ..Limits::default() };
     let out = tempfile::tempfile().expect("a temporary file");
     let source = Source { blob: &blob[..], compression: Compression::ByMagic };
     drop(build(source, &out, &NothingBelow, &limits, &|| false));
