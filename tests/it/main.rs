@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::type_complexity, reason = "a test that fails may panic anywhere")]
 
+mod apply;
 mod architecture;
 mod below;
 mod check;
