@@ -1,16 +1,17 @@
-//! What each way of cutting makes of an image family's size in the store. `contrib/dedup` builds a family and calls this:
+//! What each way of cutting makes of an image family's size in the store; `contrib/bench dedup` calls this:
 //!
-//! `dedup [--levels 1,3] [--only PART] [--extras] DIR`
+//! `dedup [--levels 3,6] [--only PART] [--extras] DIR`
 //!
-//! DIR holds each layer as `NAME.tar` and its size as a gzip blob in `NAME.gzip-size`. A layer becomes an image: its
-//! files in tar order, each from a 4 KiB boundary on and identical ones once, then an inode and a name for each entry. The
-//! table has the distinct chunks of all images as zstd, as a share of the distinct blobs. `--extras` adds what
+//! DIR holds each layer as `NAME.tar` and its size as a gzip blob in `NAME.gzip-size`. Each becomes a layer image as Apply makes
+//! it. The table has the distinct chunks of all images as zstd, as a share of the distinct blobs. `--extras` adds what
 //! deltas against similar chunks would give, and what they cost.
 
 #![allow(clippy::print_stdout, reason = "a table is what it is for")]
 
 use std::collections::{HashMap, HashSet};
+use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use speedy::chunk::chunker::cut_regions_as;
+use speedy::image::{self, Compression, NothingBelow};
 use speedy::object::layout::{CUTTING, Cutting};
 use xxhash_rust::xxh3::xxh3_64;
 use zstd::bulk::Compressor;
@@ -25,7 +27,7 @@ use zstd::bulk::Compressor;
 #[derive(Debug, Parser)]
 struct Args {
     /// zstd levels
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 3])]
+    #[arg(long, value_delimiter = ',', default_values_t = [3, 6])]
     levels: Vec<i32>,
     /// Only the rows whose names hold this
     #[arg(long, default_value = "")]
@@ -43,8 +45,6 @@ struct Args {
 /// A layer as a plain image.
 struct Image {
     bytes: Vec<u8>,
-    /// Where each file is, with its padding.
-    files: Vec<Range<usize>>,
     metadata: usize,
 }
 
@@ -52,36 +52,19 @@ const BLOCK: usize = 4096;
 /// Of a chunk's stored form.
 const HEADER: usize = speedy::chunk::codec::HEADER;
 
-fn image(tar: Vec<u8>) -> Result<Image> {
-    let (mut bytes, mut files, mut metadata) = (Vec::new(), Vec::new(), Vec::new());
-    let mut seen = HashSet::new();
-    let mut archive = tar::Archive::new(&tar[..]);
-    for entry in archive.entries()? {
-        let entry = entry?;
-        let header = entry.header();
-        let mut inode = [0_u8; 64];
-        inode[..4].copy_from_slice(&header.mode()?.to_le_bytes());
-        inode[8..16].copy_from_slice(&header.size()?.to_le_bytes());
-        inode[16..24].copy_from_slice(&header.mtime()?.to_le_bytes());
-        inode[24..32].copy_from_slice(&(bytes.len() as u64).to_le_bytes());
-        metadata.extend_from_slice(&inode);
-        metadata.extend_from_slice(entry.path_bytes().rsplit(|b| *b == b'/').next().unwrap_or_default());
-        if !header.entry_type().is_file() {
-            continue;
-        }
-        let (from, size) = (usize::try_from(entry.raw_file_position())?, usize::try_from(entry.size())?);
-        let content = &tar[from..from + size];
-        if size > 0 && seen.insert(*blake3::hash(content).as_bytes()) {
-            let start = bytes.len();
-            bytes.extend_from_slice(content);
-            bytes.resize(bytes.len().next_multiple_of(BLOCK), 0);
-            files.push(start..bytes.len());
-        }
-    }
-    let data = bytes.len();
-    bytes.extend_from_slice(&metadata);
-    bytes.resize(bytes.len().next_multiple_of(BLOCK), 0);
-    Ok(Image { bytes, files, metadata: data })
+fn image(tar: &Path) -> Result<Image> {
+    let made = tempfile::tempfile()?;
+    let source = image::Source { blob: File::open(tar)?, compression: Compression::Plain };
+    let facts = image::build(source, &made, &NothingBelow, &image::Limits::default(), &|| false)?;
+    let read = |range: &Range<u64>| -> Result<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from(range.end - range.start)?];
+        made.read_exact_at(&mut bytes, range.start)?;
+        Ok(bytes)
+    };
+    let mut bytes = read(&facts.layout.data)?;
+    let metadata = bytes.len();
+    bytes.append(&mut read(&facts.layout.metadata)?);
+    Ok(Image { bytes, metadata })
 }
 
 /// A way of cutting: the pieces of an image that are not holes.
@@ -130,15 +113,6 @@ fn by_rule(sizes: Cutting, rule: fn(usize, &[u8], u64) -> bool) -> Cut<'static> 
 
 fn one_in(hash: u64, n: u64) -> bool {
     hash < u64::MAX / n
-}
-
-/// Every file by itself, in pieces of at most `size`.
-fn by_file(size: usize) -> Cut<'static> {
-    Box::new(move |image| {
-        let rest = image.metadata..image.bytes.len();
-        let ranges = image.files.iter().cloned().chain([rest]);
-        ranges.flat_map(|r| r.clone().step_by(size).map(move |at| at..(at + size).min(r.end))).collect()
-    })
 }
 
 /// Byte-level FastCDC (Xia et al., 2016) with normalisation level 2, over the image.
@@ -222,7 +196,6 @@ fn ways() -> Vec<(&'static str, Cut<'static>)> {
         ("FastCDC by bytes, 64 K / 256 K / 1 M", fast_cdc(64 << 10, 256 << 10, 1 << 20)),
         ("FastCDC by bytes, 32 K / 128 K / 512 K", fast_cdc(32 << 10, 128 << 10, 512 << 10)),
         ("FastCDC by bytes, 16 K / 64 K / 256 K", fast_cdc(16 << 10, 64 << 10, 256 << 10)),
-        ("every file by itself, at most 256 KiB", by_file(256 << 10)),
         ("blocks alike, 64 K / 256 K / 1 M", by_rule(CUTTING, |_, _, hash| one_in(hash, 48))),
         (
             "blocks alike, two thresholds, 64 K / 256 K / 1 M",
@@ -285,7 +258,7 @@ fn read(dir: &Path) -> Result<Layers> {
             continue;
         }
         let blob = std::fs::read_to_string(path.with_extension("gzip-size"))?.trim().parse()?;
-        layers.push((Box::new(move || image(std::fs::read(path)?)), blob));
+        layers.push((Box::new(move || image(&path)), blob));
     }
     Ok(layers)
 }

@@ -221,3 +221,6 @@ image_sizes() {
     make_image "$1"
     python3 "$REPO/contrib/lib/oci.py" size "$LAYOUT"
 }
+
+# manifest_file: of the image that make_image made last.
+manifest_file() { printf '%s/blobs/sha256/%s' "$LAYOUT" "$(jq -r '.manifests[0].digest' "$LAYOUT/index.json" | cut -d: -f2)"; }

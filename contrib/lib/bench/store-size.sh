@@ -28,4 +28,3 @@ publish_one() {
     wait_for 600 "publishing" published
 }
 bytes_below() { find "$1" -type f -printf '%s\n' | awk '{ sum += $1 } END { print sum + 0 }'; }
-manifest_file() { printf '%s/blobs/sha256/%s' "$LAYOUT" "$(jq -r '.manifests[0].digest' "$LAYOUT/index.json" | cut -d: -f2)"; }
