@@ -12,6 +12,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "services/events/v1/events.proto",
             "services/content/v1/content.proto",
             "services/images/v1/images.proto",
+            "services/namespaces/v1/namespace.proto",
             "services/containers/v1/containers.proto",
             "speedy/v1/layer.proto",
             "speedy/v1/control.proto",

@@ -179,9 +179,14 @@ fn spawn_work(
     background.spawn(async move { work.run(work_stop).await });
     let watching = Arc::clone(snapshotter);
     let tell = move |noticed: Noticed<'_>| match noticed {
-        Noticed::There(version) => watching.containerd_is(Some(version)),
+        Noticed::There(version) => {
+            watching.containerd_is(Some(version));
+            // Nobody tells what happened before.
+            watching.images_changed();
+        }
         Noticed::Gone => watching.containerd_is(None),
         Noticed::Removal => watching.hurry(),
+        Noticed::Image => watching.images_changed(),
     };
     background.spawn(containerd::events::watch(config.containerd.clone(), tell, stop.clone()));
 }

@@ -161,18 +161,20 @@ fn status_text(status: &StatusReport) -> String {
     line(
         "publish",
         format!(
-            "{}; {} pending, {} given up; {} layers published since the start, {} of {} uploaded",
+            "{}; {} pending, {} given up; {} layers and {} images published since the start, {} of {} uploaded",
             publish.policy,
             publish.pending,
             publish.dropped,
             publish.layers,
+            publish.names,
             bytes(publish.uploaded),
             bytes(publish.bytes)
         ),
     );
     for problem in &publish.problems {
         let what = if problem.retried { "is tried again" } else { "was given up" };
-        line("", format!("{} {what}: {}", problem.chain, problem.message));
+        let subject = problem.image.as_ref().unwrap_or(&problem.chain);
+        line("", format!("{subject} {what}: {}", problem.message));
     }
     out
 }
@@ -242,6 +244,9 @@ fn explain_text(what: &str, layers: &[LayerExplained]) -> String {
         }
         if let Some(publish) = &layer.publish {
             write!(text, "\n     publishing: {publish}").expect("writing to a string does not fail");
+        }
+        for name in &layer.names {
+            write!(text, "\n     image: {name}").expect("writing to a string does not fail");
         }
         out.push_str(&text);
         out.push('\n');

@@ -1,4 +1,5 @@
-//! What is noticed of containerd while it runs: which version it is, and that its collector is about to run.
+//! What is noticed of containerd while it runs: which version it is, that its collector is about to run, and that there is an
+//! image to be named.
 //!
 //! An image's removal is published before the collection it causes. The collector waits for every Prepare that is under way, and
 //! everybody else waits for the collector, so whoever waits for the store in a Prepare is told to come to an end.
@@ -17,8 +18,10 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(2);
 /// What is published right before a collection. What the collector itself removes is published too: that tells nothing new, and
 /// costs only a lookup that is slow anyway.
-const REMOVALS: [&str; 3] =
-    ["topic==\"/images/delete\"", "topic==\"/snapshot/remove\"", "topic==\"/containers/delete\""];
+const REMOVED: [&str; 3] = ["/images/delete", "/snapshot/remove", "/containers/delete"];
+
+/// What makes an image, or gives its name to another one.
+const CHANGED: [&str; 2] = ["/images/create", "/images/update"];
 
 /// What is noticed of containerd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +32,8 @@ pub enum Noticed<'a> {
     Gone,
     /// Something was removed: its collector is about to run.
     Removal,
+    /// An image was made, or a name given to another one.
+    Image,
 }
 
 /// Tells what is noticed, as it happens, until `stop`; and in the log when containerd comes and goes.
@@ -71,11 +76,12 @@ async fn watch_one(
         *known = Some(version);
     }
     // containerd's answer begins with the first event, so this waits for it.
-    let filters = REMOVALS.map(str::to_owned).to_vec();
+    let filters = REMOVED.iter().chain(&CHANGED).map(|topic| format!("topic==\"{topic}\"")).collect();
     let mut events = EventsClient::new(channel).subscribe(SubscribeRequest { filters }).await?.into_inner();
     while let Ok(Some(event)) = events.message().await {
-        tracing::debug!(topic = event.topic, namespace = event.namespace, "containerd is about to collect");
-        tell(Noticed::Removal);
+        tracing::debug!(topic = event.topic, namespace = event.namespace, "an event of containerd");
+        let changed = CHANGED.contains(&event.topic.as_str());
+        tell(if changed { Noticed::Image } else { Noticed::Removal });
     }
     Ok(())
 }

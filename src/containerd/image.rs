@@ -1,10 +1,12 @@
 //! Images of containerd's image store: names and what they point at.
 
-use super::manifest::{Descriptor, Document, LONGEST_DOCUMENT, Layer, Platform, read_document};
+use super::manifest::{Descriptor, Document, LONGEST_DOCUMENT, Layer, Platform, Resolved, read_document};
 use super::{Containerd, ContainerdError, MESSAGE_LIMIT, found};
 use crate::oci::Digest;
 use crate::proto::containerd::services::images::v1 as proto;
 use crate::proto::containerd::services::images::v1::images_client::ImagesClient;
+use crate::proto::containerd::services::namespaces::v1::ListNamespacesRequest;
+use crate::proto::containerd::services::namespaces::v1::namespaces_client::NamespacesClient;
 
 /// An image as containerd knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,6 +15,8 @@ pub struct Image {
     pub name: String,
     /// Its manifest, or an index of manifests.
     pub target: Descriptor,
+    /// When it was last changed: seconds since 1970 UTC, and nanoseconds.
+    pub updated: (i64, i32),
 }
 
 impl Containerd {
@@ -21,6 +25,13 @@ impl Containerd {
         let request = proto::GetImageRequest { name: name.to_owned() };
         let answer = found(self.images_client().get(self.call(request)).await)?;
         Ok(answer.and_then(|answer| answer.image).and_then(image))
+    }
+
+    /// The names of all namespaces.
+    pub async fn namespaces(&self) -> Result<Vec<String>, ContainerdError> {
+        let mut client = NamespacesClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT);
+        let answer = client.list(self.call(ListNamespacesRequest::default())).await?.into_inner();
+        Ok(answer.namespaces.into_iter().map(|namespace| namespace.name).collect())
     }
 
     /// All images of this namespace.
@@ -47,19 +58,29 @@ impl Containerd {
         image: &Image,
         platform: &Platform,
     ) -> Result<Vec<Layer>, ContainerdError> {
-        let mut digest = image.target.digest.clone();
+        Ok(self.resolve_image(image, platform).await?.layers)
+    }
+
+    /// What an image is for a platform, from the documents in the content store.
+    pub async fn resolve_image(
+        &self,
+        image: &Image,
+        platform: &Platform,
+    ) -> Result<Resolved, ContainerdError> {
+        let mut target = image.target.clone();
         // An index names a manifest, and no index of indexes is deeper than this.
         for _ in 0..4 {
-            let bytes = self.read(&digest, LONGEST_DOCUMENT).await?;
-            match read_document(&bytes, &digest, platform)? {
-                Document::Index(manifest) => digest = manifest.digest,
+            let bytes = self.read(&target.digest, LONGEST_DOCUMENT).await?;
+            match read_document(&bytes, &target.digest, platform)? {
+                Document::Index(manifest) => target = manifest,
                 Document::Manifest(manifest) => {
                     let config = self.read(&manifest.config.digest, LONGEST_DOCUMENT).await?;
-                    return Ok(manifest.layers(&config)?.0);
+                    let (layers, platform) = manifest.layers(&config)?;
+                    return Ok(Resolved { platform, manifest: target, layers });
                 }
             }
         }
-        Err(ContainerdError::TooDeep { digest })
+        Err(ContainerdError::TooDeep { digest: target.digest })
     }
 
     fn images_client(&self) -> ImagesClient<tonic::transport::Channel> {
@@ -74,7 +95,8 @@ fn image(image: proto::Image) -> Option<Image> {
         digest: Digest::parse(&target.digest).ok()?,
         size: u64::try_from(target.size).ok()?,
     };
-    Some(Image { name: image.name, target })
+    let updated = image.updated_at.map_or((0, 0), |at| (at.seconds, at.nanos));
+    Some(Image { name: image.name, target, updated })
 }
 
 /// What a name may stand for, the name itself first; as docker's clients read it.

@@ -174,6 +174,17 @@ pub struct Layer {
     pub chain: ChainId,
 }
 
+/// What an image is for one platform.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resolved {
+    /// As its configuration says.
+    pub platform: Platform,
+    /// Its manifest.
+    pub manifest: Descriptor,
+    /// Its layers, from the bottom up.
+    pub layers: Vec<Layer>,
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawDescriptor {

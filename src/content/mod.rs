@@ -364,16 +364,46 @@ impl ContentStore {
     /// Writes an image's name; durable on return. Refused while a layer has no accepted ref (**C2**).
     pub async fn publish_name(&self, image: &ImageName) -> Result<(), ContentError> {
         let bytes = image.encode(&self.parts.key)?;
-        let mut words = stream::iter(&image.chains)
-            .map(|chain| async move { Ok::<_, ContentError>((chain, self.word(chain).await?)) })
-            .buffered(REQUESTS);
+        let asked = image.chains.clone().into_iter().map(|chain| {
+            // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
+            async move {
+                let word = self.word(&chain).await?;
+                Ok::<_, ContentError>((chain, word))
+            }
+            .boxed()
+        });
+        let mut words = stream::iter(asked).buffered(REQUESTS);
         while let Some((chain, word)) = words.try_next().await? {
             if !matches!(word, Word::Accepted(_)) {
-                return Err(ContentError::LayerMissing { chain: chain.clone() });
+                return Err(ContentError::LayerMissing { chain });
             }
         }
         drop(words);
         Ok(self.parts.objects.put(&image.object(self.publisher()), bytes.into()).await?)
+    }
+
+    /// The accepted publisher that has written exactly this name, if one has. Objects that are damaged say nothing.
+    pub async fn named(&self, image: &ImageName) -> Result<Option<PublicKey>, ContentError> {
+        let names: Vec<String> = match &self.parts.trust {
+            Trust::Keys(keys) => {
+                std::iter::once(self.publisher()).chain(keys).map(|key| image.object(key)).collect()
+            }
+            Trust::Any => {
+                let listed = self.parts.objects.list(&image.objects(), MOST_PUBLISHERS).await?;
+                listed.into_iter().map(|object| object.name).collect()
+            }
+        };
+        for name in names {
+            let bytes = match self.parts.objects.get(&name, name::LONGEST).await {
+                Err(ObjectError::TooLarge { .. }) => None,
+                got => got?,
+            };
+            match bytes.map(|bytes| ImageName::decode(&bytes, &name)) {
+                Some(Ok((said, publisher))) if said == *image => return Ok(Some(publisher)),
+                _ => {}
+            }
+        }
+        Ok(None)
     }
 
     /// The images that accepted publishers have published, in the order of their names; looks at `limit` names at most.

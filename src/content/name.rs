@@ -18,6 +18,7 @@ use prost::Message;
 
 use super::trust::{PublicKey, PublisherKey};
 use super::{digest_of, raw};
+use crate::containerd::manifest::{Descriptor, Layer, Platform};
 use crate::oci::{ChainId, Digest};
 use crate::proto::speedy::v1 as wire;
 
@@ -74,11 +75,27 @@ impl fmt::Display for ImageName {
 }
 
 impl ImageName {
+    /// The name of an image with these layers, from the bottom up.
+    pub fn of(reference: &str, platform: &Platform, manifest: &Descriptor, layers: &[Layer]) -> ImageName {
+        ImageName {
+            reference: reference.to_owned(),
+            platform: platform.to_string(),
+            media_type: manifest.media_type.clone(),
+            manifest: manifest.digest.clone(),
+            chains: layers.iter().map(|layer| layer.chain.clone()).collect(),
+        }
+    }
+
     /// The name of the object in which this publisher speaks of it.
     pub fn object(&self, publisher: &PublicKey) -> String {
+        format!("{}/{}", self.objects(), publisher.id())
+    }
+
+    /// Under what all publishers' objects of it are.
+    pub(super) fn objects(&self) -> String {
         let hash =
             blake3::hash(&[self.reference.as_bytes(), &[0], self.platform.as_bytes()].concat()).to_hex();
-        format!("{PREFIX}/{}/{hash}/{}", &hash[..2], publisher.id())
+        format!("{PREFIX}/{}/{hash}", &hash[..2])
     }
 
     /// Its bytes, signed with this key; always the same ones.

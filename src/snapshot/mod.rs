@@ -37,6 +37,7 @@ pub mod layers;
 mod locks;
 pub mod mapping;
 pub mod metastore;
+mod names;
 pub mod publish;
 pub mod reconcile;
 pub mod remote;

@@ -4,7 +4,7 @@
 //! survives restarts, and an outage of the store only makes it longer.
 //!
 //! **Where.** Owned by `snapshotter`; calls [`crate::content`] to publish, `layers` for images, [`crate::containerd`] for the
-//! blobs of layers whose files were unpacked.
+//! blobs of layers whose files were unpacked, and `names`, which names an image after its last layer.
 //!
 //! **Invariants.** An entry leaves the queue when its layer is durable in the store, or with a reason that `explain` shows.
 //!
@@ -25,7 +25,9 @@ use super::below::BelowSnapshot;
 use super::blob::{self, BlobError};
 use super::layers::Layers;
 use super::metastore::{MetaStore, Progress, PublishEntry, Record, Stack};
+use super::names::Names;
 use super::remote;
+use super::report::{Problem, PublishState};
 use super::{Kind, SnapshotError, Timestamp};
 use crate::containerd::blob::Blobs;
 use crate::content::index::IndexDigest;
@@ -69,8 +71,28 @@ pub struct PublishCounts {
     pub bytes: u64,
     /// Bytes that were uploaded.
     pub uploaded: u64,
+    /// Names of images.
+    pub names: u64,
     /// Attempts that failed.
     pub failures: u64,
+}
+
+/// What people are told of a queue, without what its publisher has done.
+pub(super) fn state_of(queue: &[PublishEntry], policy: &str) -> PublishState {
+    let problem = |entry: &PublishEntry| Problem {
+        chain: entry.chain.to_string(),
+        image: None,
+        retried: entry.dropped.is_none(),
+        message: entry.dropped.clone().unwrap_or_else(|| entry.message.clone()),
+    };
+    let pending = queue.iter().filter(|entry| entry.dropped.is_none()).count();
+    PublishState {
+        policy: policy.to_owned(),
+        pending,
+        dropped: queue.len() - pending,
+        problems: queue.iter().map(problem).filter(|problem| !problem.message.is_empty()).collect(),
+        ..PublishState::default()
+    }
 }
 
 /// See the module's page.
@@ -86,6 +108,7 @@ pub struct Publisher {
     due: Mutex<HashMap<ChainId, Instant>>,
     held: Mutex<HashSet<ChainId>>,
     counts: Mutex<PublishCounts>,
+    names: Names,
 }
 
 impl Publisher {
@@ -99,6 +122,7 @@ impl Publisher {
         root: &Path,
     ) -> Publisher {
         let (due, held, counts) = (Mutex::default(), Mutex::default(), Mutex::default());
+        let names = Names::new(Arc::clone(&meta), Arc::clone(&content), blobs.clone());
         Publisher {
             meta,
             layers,
@@ -110,6 +134,7 @@ impl Publisher {
             due,
             held,
             counts,
+            names,
         }
     }
 
@@ -118,13 +143,38 @@ impl Publisher {
         self.queued.notify_one();
     }
 
-    /// What was done so far.
-    pub fn counts(&self) -> PublishCounts {
-        *self.counts.lock()
+    /// containerd's images have changed: one may have all of its layers in the store.
+    pub fn images_changed(&self) {
+        self.names.images_changed();
     }
 
-    /// Works the queue off until `stop`. What is under way then begins anew at the next start.
+    /// What was done so far.
+    pub fn counts(&self) -> PublishCounts {
+        let (names, failures) = self.names.counts();
+        let counts = *self.counts.lock();
+        PublishCounts { names, failures: counts.failures + failures, ..counts }
+    }
+
+    /// What came of the names of the images whose uppermost layer makes this chain.
+    pub(super) fn explain_names(&self, chain: &ChainId) -> Vec<String> {
+        self.names.explain(chain)
+    }
+
+    /// What people are told of it.
+    pub fn state(&self, policy: &str) -> PublishState {
+        let PublishCounts { layers, bytes, uploaded, names, failures } = self.counts();
+        let mut state = state_of(&self.meta.publish_queue(), policy);
+        state.pending += self.names.pending();
+        state.problems.extend(self.names.problems());
+        PublishState { layers, bytes, uploaded, names, failures, ..state }
+    }
+
+    /// Works the queue off, and names images, until `stop`. What is under way then begins anew at the next start.
     pub async fn run(&self, stop: CancellationToken) {
+        tokio::join!(self.run_queue(stop.clone()), self.names.run(stop));
+    }
+
+    async fn run_queue(&self, stop: CancellationToken) {
         loop {
             let next = tokio::select! {
                 () = stop.cancelled() => return,
@@ -192,13 +242,20 @@ impl Publisher {
             Ok(()) => {
                 self.due.lock().remove(&chain);
                 self.release_blob(&entry).await;
-                self.meta.requeue(chain.clone(), None).await
+                // Before as well: what is pending is not nothing in between.
+                self.names.images_changed();
+                let recorded = self.meta.requeue(chain.clone(), None).await;
+                self.names.published(&chain);
+                recorded
             }
             Err(PublishError::Blob(error)) if error.is_final() && entry.attempts >= PATIENCE => {
                 tracing::warn!(%chain, %error, "a layer is not published");
                 self.release_blob(&entry).await;
                 let dropped = Some(error.to_string());
-                self.meta.requeue(chain.clone(), Some(PublishEntry { dropped, ..entry })).await
+                let given_up = PublishEntry { dropped, ..entry };
+                let recorded = self.meta.requeue(chain.clone(), Some(given_up)).await;
+                self.names.images_changed();
+                recorded
             }
             Err(error) => {
                 self.counts.lock().failures += 1;

@@ -73,7 +73,7 @@ pub struct StoreState {
 pub struct PublishState {
     /// `auto`, `off`, or `none` without a store.
     pub policy: String,
-    /// Layers in the queue.
+    /// Layers in the queue, and names of images that are to be written.
     pub pending: usize,
     /// Layers that were given up.
     pub dropped: usize,
@@ -83,17 +83,23 @@ pub struct PublishState {
     pub bytes: u64,
     /// Bytes that were uploaded for them.
     pub uploaded: u64,
+    /// Names of images written since the daemon started.
+    #[serde(default)]
+    pub names: u64,
     /// Attempts that failed.
     pub failures: u64,
-    /// What went wrong last with each layer that is still in the queue or was given up.
+    /// What went wrong last with each layer that is still in the queue or was given up, and with names that are tried again.
     pub problems: Vec<Problem>,
 }
 
-/// A layer that is not published.
+/// A layer, or the name of an image, that is not published.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
-    /// Its chain ID.
+    /// Its chain ID; that of the uppermost layer for an image, as far as it is known.
     pub chain: String,
+    /// The image, if it is about its name.
+    #[serde(default)]
+    pub image: Option<String>,
     /// Whether it is tried again.
     pub retried: bool,
     /// What went wrong.
@@ -146,4 +152,7 @@ pub struct LayerExplained {
     pub remote: Option<String>,
     /// Why it is not published, if it is not and was to be.
     pub publish: Option<String>,
+    /// What came of the names of the images of which this is the uppermost layer, where the daemon writes them.
+    #[serde(default)]
+    pub names: Vec<String>,
 }

@@ -273,6 +273,13 @@ impl Snapshotter {
         }
     }
 
+    /// containerd has another image, or another one under a name.
+    pub fn images_changed(&self) {
+        if let Some(publisher) = &self.remote.publisher {
+            publisher.images_changed();
+        }
+    }
+
     /// Whether anything was written into the directory of a snapshot that has a layer image.
     async fn own_of(&self, id: Id) -> Result<Own, SnapshotError> {
         let driver = Arc::clone(&self.driver);

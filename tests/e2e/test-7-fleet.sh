@@ -178,6 +178,60 @@ test_fleet_queue_survives() {
     expect_from_store ctr more 9
 }
 
+# --- names of images --------------------------------------------------------------------------------------------------
+
+test_fleet_names_images() {
+    # An image has its name on the store as soon as all of its layers are there: after a pull, for another tag of what is
+    # there already, and after an outage with a kill in it. What another node has named is not named again.
+    local store names
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all eight
+    wait_for 10 "the name of eight" is_named "$store" eight || fail "the image has no name"
+    expect_contains "$(explain "$(image eight)" | jq -r '.[-1].names[]')" "$(image eight) (linux/amd64): named by $(public_key)" "what explain says"
+    ctr images tag "$(image eight)" "$(image again)" >/dev/null
+    wait_for 10 "the name of another tag" is_named "$store" again || fail "another tag has no name"
+
+    mv "${store#file://}" "${store#file://}.away"
+    : >"${store#file://}"
+    ctr images tag "$(image eight)" "$(image outage)" >/dev/null
+    wait_for 10 "the attempt" names_wait || fail "a name that cannot be written is not told of"
+    expect_equal "$(image outage)" "$(status_of '.publish.problems[].image')" "the image of which status tells"
+    SIGNAL=KILL restart_speedy --store "$store"
+    rm "${store#file://}"
+    mv "${store#file://}.away" "${store#file://}"
+    wait_published
+    wait_for 60 "the name after the outage" is_named "$store" outage || fail "the name is not written after the outage"
+
+    names=$(names_on "$store" | wc -l)
+    expect_equal 3 "$names" "names on the store"
+    expect_from_store ctr eight 8
+    on b wait_published
+    expect_equal "$names" "$(names_on "$store" | wc -l)" "names on the store after another node's pull"
+}
+# names_on STORE: the objects that name images. is_named STORE NAME: whether one names that image.
+names_on() { find "${1#file://}/images" -type f; }
+is_named() { grep -rqaF "$(image "$2")" "${1#file://}/images" 2>/dev/null; }
+names_wait() { [[ $(status_of '[.publish.problems[] | select(.image)] | length') == 1 && $(status_of .publish.pending) -ge 1 ]]; }
+
+test_fleet_names_only_what_it_can() {
+    # An image that another snapshotter unpacked, and one whose documents are gone, get no name, and nobody waits for them.
+    local store manifest
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all eight
+    ON=overlayfs pull tiny
+    manifest=$(ctr images ls "name==$(image tiny)" | awk 'NR == 2 { print $3 }')
+    ctr content rm "$manifest" >/dev/null
+    ctr images tag "$(image tiny)" "$(image gone)" >/dev/null
+    sleep 2
+    wait_published 10
+    expect_equal 1 "$(names_on "$store" | wc -l)" "names on the store"
+    is_named "$store" eight || fail "the image that can be named is not"
+}
+
 # --- trust ----------------------------------------------------------------------------------------------------------
 
 test_fleet_unknown_key() {

@@ -2,6 +2,7 @@
 
 mod containerd;
 mod index;
+mod names;
 mod publish;
 mod support;
 mod trust;

@@ -17,7 +17,7 @@ use tar_core::parse::{Limits, ParseEvent, Parser};
 
 use super::name;
 use crate::containerd::manifest::{Descriptor, LONGEST_DOCUMENT, Layer, Manifest, Platform};
-use crate::oci::{Digest, Sha256};
+use crate::oci::Sha256;
 
 /// More entries than any archive of an image has.
 const MOST_ENTRIES: usize = 100_000;
@@ -63,7 +63,7 @@ struct ArchivedImage {
 /// An image of the archive, with the places of its layers in their order.
 #[derive(Debug)]
 pub(super) struct Found {
-    pub(super) config: Digest,
+    pub(super) config: Descriptor,
     pub(super) platform: Platform,
     pub(super) layers: Vec<Layer>,
     places: Vec<Place>,
@@ -117,7 +117,7 @@ impl Archive {
                 .collect(),
         };
         let (layers, platform) = manifest.layers(&config)?;
-        Ok(Found { config: digest, platform, layers, places })
+        Ok(Found { config: manifest.config, platform, layers, places })
     }
 
     /// The bytes of a layer.

@@ -151,7 +151,7 @@ pub(super) fn to_json(image: &Image, outcomes: &[Outcome], start: Instant) -> Va
     json!({
         "image": image.reference,
         "platform": image.platform.to_string(),
-        "manifest": image.manifest.to_string(),
+        "manifest": image.manifest.digest.to_string(),
         "seconds": start.elapsed().as_secs_f64(),
         "layers": layers,
     })

@@ -28,8 +28,8 @@ pub(super) struct Image {
     /// Its full reference.
     pub(super) reference: String,
     pub(super) platform: Platform,
-    pub(super) media_type: String,
-    pub(super) manifest: Digest,
+    /// Its manifest; its configuration, without a media type, where there is no manifest.
+    pub(super) manifest: Descriptor,
     /// From the bottom up.
     pub(super) layers: Vec<Layer>,
 }
@@ -75,7 +75,6 @@ impl Source {
             let described = Image {
                 reference: name::full(wanted),
                 platform: found.platform.clone(),
-                media_type: String::new(),
                 manifest: found.config.clone(),
                 layers: found.layers.clone(),
             };
@@ -86,10 +85,10 @@ impl Source {
         if let Source::Containerd { client, lease, .. } = self {
             client.create_lease(lease, LEASE).await?;
         }
-        let (manifest, descriptor) =
+        let (document, manifest) =
             self.manifest(target, platform).await.with_context(|| reference.clone())?;
-        let config = self.document(&manifest.config.digest).await?;
-        let (layers, platform) = manifest.layers(&config)?;
+        let config = self.document(&document.config.digest).await?;
+        let (layers, platform) = document.layers(&config)?;
         if let Source::Containerd { client, lease, .. } = self {
             for layer in &layers {
                 if client.blob(&layer.blob.digest).await?.is_some() {
@@ -97,8 +96,7 @@ impl Source {
                 }
             }
         }
-        let Descriptor { media_type, digest, .. } = descriptor;
-        Ok(Image { reference, platform, media_type, manifest: digest, layers })
+        Ok(Image { reference, platform, manifest, layers })
     }
 
     /// The bytes of a layer's blob, to be read on a thread that may block.

@@ -311,7 +311,7 @@ fn a_docker_archive_is_published() {
         assert_eq!(outcomes.len(), 3);
         let layers: Vec<Digest> = image.layers.iter().map(|layer| layer.diff_id.0.clone()).collect();
         assert_eq!(layers, [sha256(&base()), sha256(&above()), sha256(&base())]);
-        assert_eq!(image.manifest, sha256(&config(&[base(), above(), base()])));
+        assert_eq!(image.manifest.digest, sha256(&config(&[base(), above(), base()])));
         // The same as from a layout.
         let layout = layout(&[("1", &[base(), above(), base()])]);
         let (_, again) = publish_layout(&objects, layout.path(), "app:1", Present::Skip).await;

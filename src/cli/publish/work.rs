@@ -137,14 +137,8 @@ impl Work {
     }
 
     async fn publish_name(&self) -> anyhow::Result<()> {
-        let image = &self.image;
-        let name = ImageName {
-            reference: image.reference.clone(),
-            platform: image.platform.to_string(),
-            media_type: image.media_type.clone(),
-            manifest: image.manifest.clone(),
-            chains: image.layers.iter().map(|layer| layer.chain.clone()).collect(),
-        };
+        let Image { reference, platform, manifest, layers } = &self.image;
+        let name = ImageName::of(reference, platform, manifest, layers);
         self.store.publish_name(&name).await.context("every layer is published, but not the image's name")
     }
 }

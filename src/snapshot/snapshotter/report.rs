@@ -4,12 +4,10 @@ use std::sync::Arc;
 
 use super::Snapshotter;
 use crate::oci::ChainId;
-use crate::snapshot::metastore::{Own, PublishEntry, Record};
-use crate::snapshot::remote;
-use crate::snapshot::report::{
-    LayerExplained, LayerNumbers, LayerReport, Problem, PublishState, SnapshotNumbers,
-};
+use crate::snapshot::metastore::{Own, Record};
+use crate::snapshot::report::{LayerExplained, LayerNumbers, LayerReport, PublishState, SnapshotNumbers};
 use crate::snapshot::{Key, SnapshotError};
+use crate::snapshot::{publish, remote};
 
 impl Snapshotter {
     /// Numbers of snapshots.
@@ -45,22 +43,9 @@ impl Snapshotter {
 
     /// What is put on the store.
     pub fn publish_state(&self, policy: &str) -> PublishState {
-        let queue = self.meta.publish_queue();
-        let counts = self.remote.publisher.as_ref().map(|publisher| publisher.counts()).unwrap_or_default();
-        let problem = |entry: &PublishEntry| Problem {
-            chain: entry.chain.to_string(),
-            retried: entry.dropped.is_none(),
-            message: entry.dropped.clone().unwrap_or_else(|| entry.message.clone()),
-        };
-        PublishState {
-            policy: policy.to_owned(),
-            pending: queue.iter().filter(|entry| entry.dropped.is_none()).count(),
-            dropped: queue.iter().filter(|entry| entry.dropped.is_some()).count(),
-            layers: counts.layers,
-            bytes: counts.bytes,
-            uploaded: counts.uploaded,
-            failures: counts.failures,
-            problems: queue.iter().map(problem).filter(|problem| !problem.message.is_empty()).collect(),
+        match &self.remote.publisher {
+            Some(publisher) => publisher.state(policy),
+            None => publish::state_of(&self.meta.publish_queue(), policy),
         }
     }
 
@@ -128,6 +113,10 @@ impl Snapshotter {
                 image,
                 remote: chain.as_ref().and_then(|chain| self.hits.as_ref()?.answer(chain)),
                 publish,
+                names: match (&chain, &self.remote.publisher) {
+                    (Some(chain), Some(publisher)) => publisher.explain_names(chain),
+                    _ => Vec::new(),
+                },
             }
         };
         layers.into_iter().map(explain).collect()

@@ -21,6 +21,8 @@ use speedy::proto::containerd::services::introspection::v1::introspection_server
 };
 use speedy::proto::containerd::services::leases::v1 as leases;
 use speedy::proto::containerd::services::leases::v1::leases_server::{Leases, LeasesServer};
+use speedy::proto::containerd::services::namespaces::v1 as namespaces;
+use speedy::proto::containerd::services::namespaces::v1::namespaces_server::{Namespaces, NamespacesServer};
 use speedy::proto::containerd::types;
 use tempfile::TempDir;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -34,12 +36,12 @@ type Stream_<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// What the stand-in has, in namespace `test` only.
 #[derive(Debug, Default)]
-struct State {
-    blobs: BTreeMap<String, Vec<u8>>,
+pub(super) struct State {
+    pub(super) blobs: BTreeMap<String, Vec<u8>>,
     /// Sizes that it claims instead of the real ones.
     claims: BTreeMap<String, i64>,
     labels: HashMap<String, String>,
-    images: BTreeMap<String, String>,
+    pub(super) images: BTreeMap<String, String>,
     root: Option<PathBuf>,
     leases: BTreeMap<String, (String, Vec<String>)>,
     reads: usize,
@@ -47,7 +49,7 @@ struct State {
 }
 
 #[derive(Debug, Clone, Default)]
-struct Fake(Arc<Mutex<State>>);
+pub(super) struct Fake(pub(super) Arc<Mutex<State>>);
 
 impl Fake {
     fn state<T>(&self, request: &Request<T>) -> Result<std::sync::MutexGuard<'_, State>, Status> {
@@ -155,6 +157,38 @@ impl Images for Fake {
 }
 
 #[tonic::async_trait]
+impl Namespaces for Fake {
+    async fn list(
+        &self,
+        _: Request<namespaces::ListNamespacesRequest>,
+    ) -> Reply<namespaces::ListNamespacesResponse> {
+        let namespace = namespaces::Namespace { name: "test".into(), ..Default::default() };
+        Ok(Response::new(namespaces::ListNamespacesResponse { namespaces: vec![namespace] }))
+    }
+    async fn get(
+        &self,
+        _: Request<namespaces::GetNamespaceRequest>,
+    ) -> Reply<namespaces::GetNamespaceResponse> {
+        Err(Status::unimplemented(""))
+    }
+    async fn create(
+        &self,
+        _: Request<namespaces::CreateNamespaceRequest>,
+    ) -> Reply<namespaces::CreateNamespaceResponse> {
+        Err(Status::unimplemented(""))
+    }
+    async fn update(
+        &self,
+        _: Request<namespaces::UpdateNamespaceRequest>,
+    ) -> Reply<namespaces::UpdateNamespaceResponse> {
+        Err(Status::unimplemented(""))
+    }
+    async fn delete(&self, _: Request<namespaces::DeleteNamespaceRequest>) -> Reply<()> {
+        Err(Status::unimplemented(""))
+    }
+}
+
+#[tonic::async_trait]
 impl Leases for Fake {
     async fn create(&self, request: Request<leases::CreateRequest>) -> Reply<leases::CreateResponse> {
         let mut state = self.state(&request)?;
@@ -217,13 +251,14 @@ impl Introspection for Fake {
 }
 
 /// A stand-in that serves as long as the returned values live.
-async fn start(state: State) -> (Fake, Containerd, TempDir, tokio::task::JoinSet<()>) {
+pub(super) async fn start(state: State) -> (Fake, Containerd, TempDir, tokio::task::JoinSet<()>) {
     let (fake, dir) = (Fake(Arc::new(Mutex::new(state))), tempfile::tempdir().unwrap());
     let socket = dir.path().join("containerd.sock");
     let listener = UnixListenerStream::new(tokio::net::UnixListener::bind(&socket).unwrap());
     let server = tonic::transport::Server::builder()
         .add_service(ContentServer::new(fake.clone()))
         .add_service(ImagesServer::new(fake.clone()))
+        .add_service(NamespacesServer::new(fake.clone()))
         .add_service(LeasesServer::new(fake.clone()))
         .add_service(IntrospectionServer::new(fake.clone()));
     let mut serving = tokio::task::JoinSet::new();

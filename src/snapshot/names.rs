@@ -1,0 +1,382 @@
+//! Names of images in the background: what this node pulled is named on the store once all of its layers are there.
+//!
+//! **What.** Looks at the images of all of containerd's namespaces and writes the name ([`crate::content::name`]) of each one
+//! whose layers are snapshots of ours and published. One that an accepted publisher has named so already is left at that.
+//!
+//! **Where.** Owned by `publish`, which tells of every layer that it has published; told of containerd's events by `daemon`. Calls
+//! [`crate::containerd`] for images and [`crate::content`] for names. No call of containerd waits for it.
+//!
+//! **Invariants.** Which images there are is containerd's to say, and which are named the store's: nothing is recorded here. A
+//! look after a start, or after an outage of either, finds what was missed. At most [`MOST_IMAGES`] are known.
+//!
+//! **When it fails.** An image whose name cannot be written is tried again, later each time. One that cannot be named (no image
+//! of this platform, a layer that nobody published) stays without a name until it or one of its layers changes; `explain` says
+//! why. An image that is removed from containerd before its name is written gets none.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use super::metastore::{MetaStore, PublishEntry};
+use super::report::Problem;
+use super::{Kind, remote};
+use crate::containerd::ContainerdError;
+use crate::containerd::blob::Blobs;
+use crate::containerd::image::Image;
+use crate::containerd::manifest::Platform;
+use crate::content::name::ImageName;
+use crate::content::trust::PublicKey;
+use crate::content::{ContentError, ContentStore};
+use crate::object::ObjectError;
+use crate::oci::{ChainId, Digest};
+
+/// The most images that are looked at.
+const MOST_IMAGES: usize = 4096;
+/// What happens within this time is looked at together: a pull makes several images, CRI's three.
+const SETTLE: Duration = Duration::from_millis(300);
+/// The longest time between two attempts.
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+
+/// See the module's page.
+#[derive(Debug)]
+pub(super) struct Names {
+    meta: Arc<MetaStore>,
+    content: Arc<ContentStore>,
+    blobs: Blobs,
+    platform: Platform,
+    changed: Notify,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    look: Look,
+    /// By reference.
+    images: BTreeMap<String, Known>,
+    /// Names written.
+    written: u64,
+    /// Attempts that failed.
+    failures: u64,
+}
+
+/// How the last look at containerd's images is.
+#[derive(Debug, PartialEq, Eq)]
+enum Look {
+    /// Something has happened since it began.
+    Due,
+    /// It goes on.
+    UnderWay,
+    Done,
+    /// They cannot be seen.
+    Failed(String),
+}
+
+#[derive(Debug, Clone)]
+struct Known {
+    target: Digest,
+    /// Once its documents were read.
+    name: Option<ImageName>,
+    came: Came,
+}
+
+/// What came of an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Came {
+    /// To be looked at again with the others.
+    Waits(String),
+    /// To be tried again.
+    Failed(String),
+    /// It cannot be named as it is.
+    Refused(String),
+    Named(PublicKey),
+}
+
+/// What a look needs to know of this node.
+struct Here {
+    /// The chains of committed snapshots.
+    chains: HashSet<ChainId>,
+    queue: Vec<PublishEntry>,
+}
+
+impl Names {
+    pub(super) fn new(meta: Arc<MetaStore>, content: Arc<ContentStore>, blobs: Blobs) -> Names {
+        let state = State { look: Look::Due, images: BTreeMap::new(), written: 0, failures: 0 };
+        let (changed, state) = (Notify::new(), Mutex::new(state));
+        Names { meta, content, blobs, platform: Platform::host(), changed, state }
+    }
+
+    /// containerd's images have changed.
+    pub(super) fn images_changed(&self) {
+        self.state.lock().look = Look::Due;
+        self.changed.notify_one();
+    }
+
+    /// A layer is in the store: images that lacked it may have all of theirs now.
+    pub(super) fn published(&self, chain: &ChainId) {
+        {
+            let mut state = self.state.lock();
+            for known in state.images.values_mut() {
+                let lacked = known.name.as_ref().is_some_and(|name| name.chains.contains(chain));
+                if lacked && matches!(known.came, Came::Refused(_)) {
+                    known.came = Came::Waits("one of its layers was published just now".into());
+                }
+            }
+        }
+        self.images_changed();
+    }
+
+    /// Names that are to be written, a look at the images that is still to be made counting as one.
+    pub(super) fn pending(&self) -> usize {
+        let state = self.state.lock();
+        let look = matches!(state.look, Look::Due | Look::UnderWay);
+        usize::from(look)
+            + state.images.values().filter(|known| matches!(known.came, Came::Failed(_))).count()
+    }
+
+    /// How many were written, and how many attempts failed.
+    pub(super) fn counts(&self) -> (u64, u64) {
+        let state = self.state.lock();
+        (state.written, state.failures)
+    }
+
+    /// What goes wrong with those that are tried again.
+    pub(super) fn problems(&self) -> Vec<Problem> {
+        let state = self.state.lock();
+        let problem = |image: &str, chain: Option<&ChainId>, message: &str| Problem {
+            chain: chain.map(ToString::to_string).unwrap_or_default(),
+            image: Some(image.to_owned()),
+            retried: true,
+            message: message.to_owned(),
+        };
+        let look = match &state.look {
+            Look::Failed(message) => Some(problem("(the images of containerd)", None, message)),
+            _ => None,
+        };
+        let images = state.images.iter().filter_map(|(reference, known)| match &known.came {
+            Came::Failed(message) => {
+                let top = known.name.as_ref().and_then(|name| name.chains.last());
+                Some(problem(reference, top, message))
+            }
+            _ => None,
+        });
+        look.into_iter().chain(images).collect()
+    }
+
+    /// What came of the images whose uppermost layer makes this chain, a line for each.
+    pub(super) fn explain(&self, chain: &ChainId) -> Vec<String> {
+        let state = self.state.lock();
+        let named = state.images.values().filter_map(|known| Some((known.name.as_ref()?, &known.came)));
+        let those = named.filter(|(name, _)| name.chains.last() == Some(chain));
+        those.map(|(name, came)| format!("{name}: {}", sentence(came))).collect()
+    }
+
+    /// Looks whenever something has happened, until `stop`.
+    pub(super) async fn run(&self, stop: CancellationToken) {
+        let mut failed = 0;
+        loop {
+            let complete = tokio::select! {
+                () = stop.cancelled() => return,
+                complete = self.look() => complete,
+            };
+            failed = if complete { 0 } else { (failed + 1).min(9) };
+            let pause = async {
+                match failed {
+                    0 => std::future::pending().await,
+                    n => tokio::time::sleep(Duration::from_secs(1 << n).min(LONGEST_PAUSE)).await,
+                }
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.changed.notified() => {}
+                () = pause => {}
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(SETTLE) => {}
+            }
+        }
+    }
+
+    /// Names what can be named; whether nothing is left to be tried again.
+    async fn look(&self) -> bool {
+        self.state.lock().look = Look::UnderWay;
+        let looked = self.look_at_images().await;
+        let mut state = self.state.lock();
+        if state.look == Look::UnderWay {
+            state.look = match &looked {
+                Ok(()) => Look::Done,
+                Err(error) => Look::Failed(error.to_string()),
+            };
+        }
+        looked.is_ok() && !state.images.values().any(|known| matches!(known.came, Came::Failed(_)))
+    }
+
+    async fn look_at_images(&self) -> Result<(), ContainerdError> {
+        let listed = self.images().await?;
+        self.state.lock().images.retain(|reference, _| listed.contains_key(reference));
+        let here = self.here();
+        for (reference, (namespace, image)) in listed {
+            let known = self.state.lock().images.get(&reference).cloned();
+            let known = known.filter(|known| known.target == image.target.digest);
+            let name = match known {
+                Some(Known { came: Came::Named(_) | Came::Refused(_), .. }) => continue,
+                Some(Known { name: Some(name), .. }) => Ok(name),
+                _ => self.resolve(&namespace, &image).await?,
+            };
+            let (name, came) = match name {
+                Ok(name) => (Some(name.clone()), self.name(&name, &here).await),
+                Err(came) => (None, Ok(came)),
+            };
+            let outage = came.as_ref().is_err_and(is_outage);
+            let came = came.unwrap_or_else(|error| {
+                tracing::warn!(image = %reference, %error, "cannot write the name of an image yet");
+                Came::Failed(error.to_string())
+            });
+            let mut state = self.state.lock();
+            state.failures += u64::from(matches!(came, Came::Failed(_)));
+            state.images.insert(reference, Known { target: image.target.digest, name, came });
+            if outage {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The images worth naming, each with its namespace, by reference: where several namespaces have one, as it was changed last.
+    async fn images(&self) -> Result<BTreeMap<String, (String, Image)>, ContainerdError> {
+        let containerd = self.blobs.containerd("default").await?;
+        let mut newest: BTreeMap<String, (String, Image)> = BTreeMap::new();
+        for namespace in containerd.namespaces().await? {
+            for image in worth_naming(containerd.in_namespace(&namespace)?.images().await?) {
+                let older = newest.get(&image.name).is_some_and(|(_, other)| other.updated >= image.updated);
+                if !older && (newest.len() < MOST_IMAGES || newest.contains_key(&image.name)) {
+                    newest.insert(image.name.clone(), (namespace.clone(), image));
+                }
+            }
+        }
+        Ok(newest)
+    }
+
+    fn here(&self) -> Here {
+        let records = self.meta.all();
+        let committed = records.iter().filter(|record| record.info.kind == Kind::Committed);
+        let chains = committed.filter_map(|record| remote::chain_of(&record.info.labels, &record.info.name));
+        Here { chains: chains.collect(), queue: self.meta.publish_queue() }
+    }
+
+    /// Its name, or why it has none; an error if containerd cannot be asked.
+    async fn resolve(
+        &self,
+        namespace: &str,
+        image: &Image,
+    ) -> Result<Result<ImageName, Came>, ContainerdError> {
+        let containerd = self.blobs.containerd(namespace).await?;
+        match containerd.resolve_image(image, &self.platform).await {
+            Ok(found) => Ok(Ok(ImageName::of(&image.name, &found.platform, &found.manifest, &found.layers))),
+            // Of another platform, or not fetched: it may be yet.
+            Err(error @ ContainerdError::NoBlob { .. }) => Ok(Err(Came::Waits(error.to_string()))),
+            Err(error @ ContainerdError::Connect(_)) => Err(error),
+            // It may be this one blob: the others are not to wait for it.
+            Err(error @ ContainerdError::Call(_)) => Ok(Err(Came::Failed(error.to_string()))),
+            Err(error) => Ok(Err(Came::Refused(error.to_string()))),
+        }
+    }
+
+    async fn name(&self, name: &ImageName, here: &Here) -> Result<Came, ContentError> {
+        let Some(top) = name.chains.last() else { return Ok(Came::Refused("it has no layers".into())) };
+        if !here.chains.contains(top) {
+            return Ok(Came::Waits("it is not unpacked by this snapshotter".into()));
+        }
+        if let Some(entry) = here.queue.iter().find(|entry| name.chains.contains(&entry.chain)) {
+            return Ok(match &entry.dropped {
+                None => Came::Waits(format!("layer {} is still to be published", entry.chain)),
+                Some(why) => Came::Refused(format!("layer {} was given up: {why}", entry.chain)),
+            });
+        }
+        if let Some(publisher) = self.content.named(name).await? {
+            return Ok(Came::Named(publisher));
+        }
+        match self.content.publish_name(name).await {
+            Ok(()) => {
+                self.state.lock().written += 1;
+                tracing::info!(image = %name, "every layer of an image is published, and so its name");
+                Ok(Came::Named(*self.content.publisher()))
+            }
+            Err(error @ (ContentError::LayerMissing { .. } | ContentError::Name(_))) => {
+                Ok(Came::Refused(error.to_string()))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Whether the next name had better not be tried.
+fn is_outage(error: &ContentError) -> bool {
+    matches!(error, ContentError::TooLate | ContentError::Object(ObjectError::Unreachable(_)))
+}
+
+fn sentence(came: &Came) -> String {
+    match came {
+        Came::Waits(why) => format!("waits: {why}"),
+        Came::Failed(why) => format!("is tried again: {why}"),
+        Came::Refused(why) => format!("has no name: {why}"),
+        Came::Named(publisher) => format!("named by {publisher}"),
+    }
+}
+
+/// Without what is no reference (CRI keeps each image under the digest of its configuration too), and without names by digest of
+/// what has a tag of the same repository.
+fn worth_naming(images: Vec<Image>) -> Vec<Image> {
+    let repository = |name: &str| {
+        let name = name.split('@').next().unwrap_or_default();
+        let tag = name.rfind(':').filter(|at| !name[*at..].contains('/'));
+        name[..tag.unwrap_or(name.len())].to_owned()
+    };
+    let tagged: HashSet<(String, Digest)> = images
+        .iter()
+        .filter(|image| !image.name.contains('@'))
+        .map(|image| (repository(&image.name), image.target.digest.clone()))
+        .collect();
+    let is_worth_it = |image: &Image| {
+        let told = (repository(&image.name), image.target.digest.clone());
+        Digest::parse(&image.name).is_err() && !(image.name.contains('@') && tagged.contains(&told))
+    };
+    images.into_iter().filter(is_worth_it).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::containerd::manifest::Descriptor;
+
+    fn digest(digit: char) -> Digest {
+        Digest::parse(&format!("sha256:{}", String::from(digit).repeat(64))).unwrap()
+    }
+
+    fn worth(names: &[(&str, char)]) -> Vec<String> {
+        let image = |(name, digit): &(&str, char)| Image {
+            name: (*name).to_owned(),
+            target: Descriptor { media_type: String::new(), digest: digest(*digit), size: 0 },
+            updated: (0, 0),
+        };
+        worth_naming(names.iter().map(image).collect()).into_iter().map(|image| image.name).collect()
+    }
+
+    #[test]
+    fn an_image_is_named_as_people_name_it() {
+        let by_digest = format!("r.example:5000/app@{}", digest('a'));
+        // As CRI keeps an image: by tag, by digest, and by the digest of its configuration.
+        let id = digest('c').to_string();
+        let cri = [("r.example:5000/app:1", 'a'), (by_digest.as_str(), 'a'), (id.as_str(), 'a')];
+        assert_eq!(worth(&cri), ["r.example:5000/app:1"]);
+        // The tag has moved on, or is another repository's, or there is none.
+        assert_eq!(worth(&[("r.example:5000/app:1", 'b'), (&by_digest, 'a')]).len(), 2);
+        assert_eq!(worth(&[("r.example:5000/other:1", 'a'), (&by_digest, 'a')]).len(), 2);
+        assert_eq!(worth(&[(&by_digest, 'a')]), std::slice::from_ref(&by_digest));
+        assert_eq!(worth(&[("r.example:5000/app", 'a'), (&by_digest, 'a')]), ["r.example:5000/app"]);
+    }
+}
