@@ -121,22 +121,53 @@ test_fleet_publishes_what_containerd_unpacked() {
 }
 
 test_fleet_from_an_archive() {
-    # An image that was never in a containerd: an OCI layout, and a docker archive if skopeo is here to make one.
+    # An image that was never in this containerd: an OCI layout, and docker archives as ctr and nerdctl write them and as docker
+    # did for ten years (a plain tar in a directory for each layer).
+    local store way
     need_speedy
     fresh_fleet "$(file_store)"
     pull eight
-    ctr images export "$W/eight.tar" "$(image eight)"
-    remove_everything
-    mkdir -p "$W/layout"
-    tar -C "$W/layout" -xf "$W/eight.tar"
-    fresh_speedy --store "$(file_store)"
-    "$SPEEDY" publish --address "$SPEEDY_ADDRESS" --oci-layout "$W/layout" "$(image eight)"
-    trusting fresh_b --store "$(store_of)"
-    expect_from_store ctr eight 8
-    rm -rf "$W/layout" "$W/eight.tar"
+    ctr images export "$W/ctr.tar" "$(image eight)"
+    nerdctl pull --quiet "$(image eight)"
+    nerdctl save -o "$W/nerdctl.tar" "$(image eight)"
+    mkdir "$W/layout"
+    tar -C "$W/layout" -xf "$W/ctr.tar"
+    old_docker_archive "$W/layout" "$(image eight)" "$W/docker.tar"
+    for way in oci-layout=layout docker-archive=ctr.tar docker-archive=nerdctl.tar docker-archive=docker.tar; do
+        store=$(file_store)
+        fresh_speedy --store "$store"
+        "$SPEEDY" publish --address "$SPEEDY_ADDRESS" "--${way%=*}" "$W/${way#*=}" "$(image eight)"
+        is_named "$store" eight || fail "$way: the image has no name on the store"
+        trusting fresh_b --store "$store"
+        expect_from_store ctr eight 8
+    done
+    rm -rf "$W/layout" "$W/ctr.tar" "$W/nerdctl.tar" "$W/docker.tar"
 }
-# store_of: the URL that this node's Speedy has.
-store_of() { status_of .store.url; }
+
+# old_docker_archive LAYOUT REFERENCE FILE
+old_docker_archive() {
+    python3 - "$@" <<'END'
+import gzip, hashlib, io, json, sys, tarfile
+layout, reference, target = sys.argv[1:]
+blob = lambda digest: open(f"{layout}/blobs/{digest.replace(':', '/')}", "rb").read()
+manifest = json.loads(blob(json.load(open(f"{layout}/index.json"))["manifests"][0]["digest"]))
+while "manifests" in manifest:
+    manifest = json.loads(blob(manifest["manifests"][0]["digest"]))
+config = blob(manifest["config"]["digest"])
+name = hashlib.sha256(config).hexdigest() + ".json"
+files, layers = {name: config}, []
+for number, layer in enumerate(manifest["layers"]):
+    data = blob(layer["digest"])
+    layers.append(f"{number:064x}/layer.tar")
+    files[layers[-1]] = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+files["manifest.json"] = json.dumps([{"Config": name, "RepoTags": [reference], "Layers": layers}]).encode()
+with tarfile.open(target, "w") as tar:
+    for path, data in files.items():
+        info = tarfile.TarInfo(path)
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+END
+}
 
 test_fleet_two_publish_at_once() {
     # Both nodes pull from the registry and publish the same layers at the same time; either's are good.
