@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::Args;
 
-use self::show::Meter;
+use self::show::{Meter, Shown};
 use self::source::Source;
 use self::work::{Present, Work};
 use super::Settings;
@@ -123,11 +123,13 @@ async fn publish(effective: &Effective, arguments: &Arguments, start: Instant) -
         bail!("{} is for {} only, not for {platform}", image.reference, image.platform);
     }
     let meter = Arc::new(Meter::new(&image, arguments.json));
+    // Also after an interrupt, when threads that still build a layer have the meter.
+    let shown = Shown(Arc::clone(&meter));
     let present = if arguments.force { Present::PublishAgain } else { Present::Skip };
     let limits = daemon::remote::limits(config);
     let work = Work { store, source, image, temp, present, limits, meter };
     let outcomes = work.run().await;
-    work.meter.end();
+    drop(shown);
     work.source.end().await;
     let outcomes = outcomes?;
     Ok(match arguments.json {

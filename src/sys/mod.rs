@@ -17,6 +17,7 @@ pub mod mountinfo;
 pub mod reserve;
 pub mod socket;
 pub mod space;
+pub mod terminal;
 pub mod tree;
 
 pub use blocking::blocking;

@@ -169,6 +169,55 @@ with tarfile.open(target, "w") as tar:
 END
 }
 
+test_fleet_publish_on_a_terminal() {
+    # One line that fits the terminal and is gone at the end, after an error too; without a terminal plain lines.
+    local columns
+    need_speedy
+    fleet
+    SPEEDY_PUBLISH_POLICY=off fresh_speedy --store "$(file_store)"
+    pull deep
+    pull eight
+    for columns in 80 40; do
+        on_terminal "$columns" publish --force "$(image deep)" || fail "publish on a terminal of $columns columns"
+        python3 - "$columns" "$W/terminal" <<'END' || fail "what a terminal of $columns columns shows"
+import re, sys
+columns, shown = int(sys.argv[1]), open(sys.argv[2], newline="").read()
+plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\r", shown)
+drawn = [line for line in re.split(r"[\r\n]+", plain) if "layers" in line and not line.startswith("published")]
+assert len(set(drawn)) > 2, f"nothing moves: {drawn}"
+assert max(map(len, drawn)) <= columns, f"too long: {max(drawn, key=len)!r}"
+assert any("ETA" in line for line in drawn), drawn[-1]
+assert shown.endswith("\r\n") and plain.rstrip().splitlines()[-1].startswith("published"), shown[-200:]
+assert re.search(r"\x1b\[2?K\r?published [^\r\n]*\r\n$", shown), f"the line is not cleared: {shown[-400:]!r}"
+END
+    done
+    mkdir "$W/later-store"
+    echo '{"format": 99}' >"$W/later-store/speedy.json"
+    ! on_terminal 80 publish --force --store "file://$W/later-store" "$(image deep)" || fail "a store of a later format is written to"
+    python3 - "$W/terminal" <<'END' || fail "an error begins in the middle of a line"
+import re, sys
+shown = open(sys.argv[1], newline="").read()
+assert shown.endswith("\r\n"), shown
+assert re.search(r"(^|\n|\x1b\[2?K\r?)speedy: [^\r\n]*\r\n$", shown), repr(shown[-400:])
+END
+    publish --force "$(image eight)" 2>"$W/lines" >"$W/result"
+    expect_equal 8 "$(grep -cE '^layer [1-8]/8 sha256:[0-9a-f]{64}: published, ' "$W/lines")" "lines of layers without a terminal"
+    ! grep -q "$(printf '[\033\r]')" "$W/lines" "$W/result" || fail "control characters without a terminal"
+}
+
+# on_terminal COLUMNS COMMAND...: what a terminal of that width gets is in $W/terminal.
+on_terminal() {
+    local columns=$1
+    shift
+    export -f publish node_daemon
+    SPEEDY=$SPEEDY SPEEDY_ADDRESS=$SPEEDY_ADDRESS CONTAINERD_ADDRESS=$CONTAINERD_ADDRESS WORLD=$WORLD NODE=$NODE \
+        script -qec "bash -c 'stty cols $columns rows 24; $(printf '%q ' "$@")'" "$W/typescript" >/dev/null </dev/null
+    local status=$?
+    # Its first and last lines are script's own.
+    sed -e '1{/^Script started/d}' -e '${/^Script done/d}' "$W/typescript" | sed -e '$!b' -e '/^\r*$/d' >"$W/terminal"
+    return "$status"
+}
+
 test_fleet_two_publish_at_once() {
     # Both nodes pull from the registry and publish the same layers at the same time; either's are good.
     local store ours theirs

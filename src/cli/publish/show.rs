@@ -1,17 +1,23 @@
 //! What a publish shows while it runs and when it is done.
 //!
-//! On a terminal a bar, else a line for each layer, both on standard error; the result on standard output.
+//! On a terminal one line that is drawn over and goes away at the end, else a line for each layer, both on standard error; the
+//! result on standard output.
 
 use std::io::{IsTerminal, Write};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::source::Image;
 use crate::containerd::manifest::Layer;
 use crate::content::publish::{Progress, Published};
+use crate::sys::terminal;
+
+/// On fewer columns there is no bar, and no bytes are shown.
+const WIDE: u16 = 72;
 
 /// What became of a layer.
 #[derive(Debug)]
@@ -27,6 +33,7 @@ pub(super) enum Outcome {
 #[derive(Debug)]
 pub(super) struct Meter {
     bar: Option<ProgressBar>,
+    wide: bool,
     lines: bool,
     /// Bytes of each layer's blob, and how far it is built and published. A blob's bytes count half for each of the two.
     layers: Vec<(u64, [AtomicU64; 2])>,
@@ -40,14 +47,22 @@ impl Meter {
             image.layers.iter().map(|layer| (layer.blob.size, Default::default())).collect::<Vec<_>>();
         let total = layers.iter().map(|(size, _)| size / 2 * 2).sum();
         let terminal = std::io::stderr().is_terminal();
+        let wide = terminal::columns().is_none_or(|columns| columns >= WIDE);
         let bar = (terminal && !json).then(|| {
             let bar = ProgressBar::new(total);
-            let style = ProgressStyle::with_template("{bar:32} {percent:>3} %  {msg}  ETA {eta}");
+            // The message is cut where the line ends: a line that goes on below would not be drawn over.
+            let style = ProgressStyle::with_template(match wide {
+                true => "{bar:12} {percent:>3} %  {wide_msg}",
+                false => "{percent:>3} %  {wide_msg}",
+            });
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar.enable_steady_tick(std::time::Duration::from_millis(200));
+            bar.enable_steady_tick(Duration::from_millis(200));
             bar
         });
-        Meter { bar, lines: !terminal && !json, layers, uploaded: AtomicU64::new(0), start: Instant::now() }
+        let (lines, uploaded) = (!terminal && !json, AtomicU64::new(0));
+        let meter = Meter { bar, wide, lines, layers, uploaded, start: Instant::now() };
+        meter.draw();
+        meter
     }
 
     /// So many bytes of a layer's blob have been made into its image.
@@ -83,7 +98,7 @@ impl Meter {
     }
 
     /// The bar goes away.
-    pub(super) fn end(&self) {
+    fn end(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -91,6 +106,10 @@ impl Meter {
 
     fn set(&self, position: usize, phase: usize, bytes: u64) {
         self.layers[position].1[phase].store(bytes, Ordering::Relaxed);
+        self.draw();
+    }
+
+    fn draw(&self) {
         let Some(bar) = &self.bar else { return };
         bar.set_position(
             self.layers.iter().flat_map(|(_, parts)| parts).map(|p| p.load(Ordering::Relaxed)).sum(),
@@ -99,13 +118,25 @@ impl Meter {
         let milliseconds = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
         let rate = uploaded.saturating_mul(1000) / milliseconds;
         let complete = |(size, parts): &&(u64, [AtomicU64; 2])| parts[1].load(Ordering::Relaxed) >= size / 2;
-        let layer = self.layers.iter().filter(complete).count();
-        bar.set_message(format!(
-            "{layer}/{} layers, {} uploaded, {}/s",
-            self.layers.len(),
-            HumanBytes(uploaded),
-            HumanBytes(rate)
-        ));
+        let layers = format!("{}/{} layers", self.layers.iter().filter(complete).count(), self.layers.len());
+        // Zero is: not known.
+        let eta = match bar.eta() {
+            Duration::ZERO => String::new(),
+            eta => format!(", ETA {:#}", HumanDuration(eta.max(Duration::from_secs(1)))),
+        };
+        bar.set_message(match self.wide {
+            true => format!("{layers}, {} uploaded, {}/s{eta}", HumanBytes(uploaded), HumanBytes(rate)),
+            false => format!("{layers}{eta}"),
+        });
+    }
+}
+
+/// Ends a meter when it is dropped, so that whatever is printed next begins a line.
+pub(super) struct Shown(pub(super) Arc<Meter>);
+
+impl Drop for Shown {
+    fn drop(&mut self) {
+        self.0.end();
     }
 }
 
