@@ -62,11 +62,12 @@ daemon_names() {
     done
 }
 
-# A zombie has ended, only nobody has asked yet.
+# A zombie has ended, only nobody has asked yet; but not while another of its threads waits for a disk, with all locks held.
 pid_runs() {
-    local stat
+    local stat threads
     stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
-    [[ ${stat##*) } != Z* ]]
+    threads=("/proc/$1/task"/*)
+    [[ ${stat##*) } != Z* ]] || ((${#threads[@]} > 1))
 }
 daemon_runs() { local pid; pid=$(daemon_pid "$1") && pid_runs "$pid"; }
 daemon_ended() { ! daemon_runs "$1"; }

@@ -312,6 +312,107 @@ test_fleet_names_only_what_it_can() {
     is_named "$store" eight || fail "the image that can be named is not"
 }
 
+# --- faults while publishing ------------------------------------------------------------------------------------------
+
+test_fleet_killed_in_each_phase_of_publishing() {
+    # Something stands in the way of a phase, so that the daemon is killed before some chunk, the index, the ref, the name: of
+    # what comes later nothing is visible then, and the next daemon ends it.
+    local store directory phase later
+    need_speedy
+    for phase in chunks/7f indexes refs images; do
+        store=$(file_store)
+        directory=${store#file://}
+        fresh_fleet "$store"
+        mkdir -p "$directory/$(dirname "$phase")"
+        : >"$directory/$phase"
+        pull large
+        wait_for 60 "a publish that fails at $phase" publishing_fails || fail "nothing in the way at $phase"
+        for later in indexes refs images; do
+            case $phase:$later in
+                refs:indexes | images:indexes | images:refs) expect_equal 1 "$(objects "$directory" "$later")" "$later before $phase" ;;
+                *) expect_equal 0 "$(objects "$directory" "$later")" "$later before $phase" ;;
+            esac
+        done
+        daemon_stop speedy KILL
+        rm "$directory/$phase"
+        restart_speedy --store "$store"
+        wait_published
+        wait_for 10 "the name" is_named "$store" large || fail "killed before $phase: the image has no name"
+        store_is_consistent || fail "killed before $phase: the node's records are not consistent"
+        trusting fresh_b --store "$store"
+        expect_from_store ctr large 1
+    done
+}
+publishing_fails() { (($(status_of .publish.failures) > 0)); }
+# objects DIRECTORY KIND: how many there are.
+objects() { { find "$1/$2" -mindepth 1 -type f 2>/dev/null || true; } | wc -l; }
+
+test_fleet_killed_at_random_while_publishing() {
+    # 128 layers and some large ones; a SIGKILL at random moments, until all of it is published. Whatever a ref names is whole.
+    local store name kills=0
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    mv "${store#file://}" "${store#file://}.away"
+    : >"${store#file://}"
+    pull deep
+    pull large
+    rm "${store#file://}"
+    mv "${store#file://}.away" "${store#file://}"
+    while ((kills < 30)) && ! published; do
+        daemon_stop speedy KILL
+        start_speedy --metrics "$(metrics_address)" --store "$store"
+        kills=$((kills + 1))
+        sleep "0.$((RANDOM % 4))"
+    done
+    restart_speedy --store "$store"
+    printf 'killed %d times while layers were in the queue\n' "$kills"
+    ((kills > 2)) || fail "everything was published after $kills kills"
+    wait_published 120
+    for name in deep large; do
+        wait_for 20 "the name" is_named "$store" "$name" || fail "$name has no name"
+    done
+    store_is_consistent || fail "the node's records are not consistent"
+    link_post "blobs?layers=refuse" reset
+    on b expect_listing ctr deep
+    on b expect_listing ctr large
+    expect_no_layers_from_registry "what was published under kills"
+}
+
+test_fleet_store_is_full() {
+    # The store's file system is full in the middle of a publish: the layer stays in the queue, pulls go on on both nodes, nothing
+    # half is visible; once there is room, all of it is published.
+    local store directory
+    need_speedy
+    store=$(file_store)
+    directory=${store#file://}
+    truncate -s 400M "$W/store.ext4"
+    mkfs.ext4 -q "$W/store.ext4"
+    mount -o loop "$W/store.ext4" "$directory"
+    fallocate -l "$(($(stat -f -c '%a * %S' "$directory") - (30 << 20)))" "$directory/ballast"
+    fresh_fleet "$store"
+    pull large
+    wait_for 60 "a full store" problems_say full || fail "nobody says that the store is full"
+    (($(status_of .publish.pending) > 0)) || fail "the layer is not in the queue any more"
+    expect_equal "0 0" "$(objects "$directory" refs) $(objects "$directory" images)" "refs and names on a full store"
+    expect_listing ctr eight
+    on b expect_listing ctr large
+    expect_equal 0 "$(on b layers_where '.origin == "fetched"')" "layers from a full store"
+    rm "$directory/ballast"
+    wait_published 120
+    wait_for 10 "the name" is_named "$store" large || fail "the image has no name"
+    expect_equal 0 "$(find "$directory" -name '*#*' | wc -l)" "half objects on the store"
+    trusting fresh_b --store "$store"
+    expect_from_store ctr large 1
+    daemon_stop speedy
+    on b daemon_stop speedy-b
+    umount "$directory"
+    rm "$W/store.ext4"
+    restart_speedy
+    restart_b
+}
+problems_say() { [[ $(status_of '.publish.problems[].message') == *"$1"* ]]; }
+
 # --- trust ----------------------------------------------------------------------------------------------------------
 
 test_fleet_unknown_key() {
