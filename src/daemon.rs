@@ -33,8 +33,9 @@ use crate::snapshot::snapshotter::{Policy, Sharing, Snapshotter, UpperdirLabel};
 use crate::sys::lock::FileLock;
 use crate::sys::socket::{self, Bound, SocketError};
 use crate::sys::space;
-use crate::telemetry::{Levels, Metrics};
+use crate::telemetry::Metrics;
 
+mod levels;
 pub mod remote;
 
 /// How long begun calls may take after the signal to stop.
@@ -110,14 +111,14 @@ pub async fn run(
     let blobs = Blobs::new(config.containerd.clone());
     let composed = remote::compose(config, &meta, &blobs)?;
     let about = about(config, &composed);
-    let layers = composed.remote.layers.clone();
+    let (layers, objects) = (composed.remote.layers.clone(), composed.objects.clone());
     let limits = remote::limits(config);
     let applier = Applier::new(Arc::clone(&meta), Arc::clone(&driver), layers, limits, &config.root);
     let snapshotter =
         Arc::new(Snapshotter::new(Arc::clone(&meta), driver, applier, composed.remote, policy(config)));
     snapshotter.start().await.map_err(DaemonError::Recover)?;
 
-    let metrics = Metrics::new(levels(&snapshotter, &meta, &config.root));
+    let metrics = Metrics::new(levels::read(&snapshotter, &meta, objects, &config.root));
     let metrics_port = match config.metrics {
         Some(address) => Some(service::bind_metrics(address).await?),
         None => None,
@@ -262,27 +263,6 @@ fn about(config: &Config, composed: &remote::Composed) -> About {
         publish_policy: publish_policy.to_owned(),
         store: Box::new(remote::store_state(config, composed)),
         free_bytes: Box::new(move || space::free_bytes(&root).unwrap_or(0)),
-    }
-}
-
-fn levels(
-    snapshotter: &Arc<Snapshotter>,
-    meta: &Arc<MetaStore>,
-    root: &Path,
-) -> impl Fn() -> Levels + Send + Sync + 'static {
-    let (snapshotter, meta, root) = (Arc::clone(snapshotter), Arc::clone(meta), root.to_owned());
-    let size = |path: PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
-    move || {
-        let counts = snapshotter.counts();
-        let log = PathBuf::from(format!("{}-wal", meta.path().display()));
-        Levels {
-            snapshots: [("view", counts.views), ("active", counts.active), ("committed", counts.committed)],
-            pending_ids: counts.pending,
-            pending_removals: counts.removing,
-            committed_bytes: counts.committed_bytes,
-            metadata_bytes: size(meta.path().to_owned()) + size(log),
-            free_bytes: space::free_bytes(&root).unwrap_or(0),
-        }
     }
 }
 

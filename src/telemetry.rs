@@ -8,16 +8,17 @@ use std::io::IsTerminal;
 use std::sync::Arc;
 use std::time::Duration;
 
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{
-    DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, LabelValueEncoder,
-};
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use tracing_subscriber::EnvFilter;
+
+mod levels;
+
+use levels::LevelCollector;
+pub use levels::{LayerLevels, Levels, PublishLevels, StoreLevels, Timing};
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,23 +127,6 @@ pub struct Metrics {
     applies: Family<Apply, Counter>,
 }
 
-/// What is asked for when metrics are read.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Levels {
-    /// Views, active and committed snapshots.
-    pub snapshots: [(&'static str, usize); 3],
-    /// Ids made ahead.
-    pub pending_ids: usize,
-    /// Removed snapshots whose storage is not freed yet.
-    pub pending_removals: usize,
-    /// Bytes of all committed snapshots measured so far.
-    pub committed_bytes: u64,
-    /// Bytes of the metadata file and its log.
-    pub metadata_bytes: u64,
-    /// Bytes free on the file system that holds the root.
-    pub free_bytes: u64,
-}
-
 impl Metrics {
     /// `levels` is called whenever metrics are read.
     pub fn new(levels: impl Fn() -> Levels + Send + Sync + 'static) -> Metrics {
@@ -182,51 +166,5 @@ impl Metrics {
             Ok(()) => text,
             Err(fmt::Error) => String::from("# EOF\n"),
         }
-    }
-}
-
-struct LevelCollector<F>(F);
-
-impl<F> fmt::Debug for LevelCollector<F> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("LevelCollector")
-    }
-}
-
-impl<F: Fn() -> Levels + Send + Sync + 'static> Collector for LevelCollector<F> {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let levels = (self.0)();
-        let number = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
-        let mut kinds = encoder.encode_descriptor(
-            "snapshots",
-            "Snapshots, by kind",
-            None,
-            prometheus_client::metrics::MetricType::Gauge,
-        )?;
-        for (kind, count) in levels.snapshots {
-            ConstGauge::new(number(count)).encode(kinds.encode_family(&[("kind", kind)])?)?;
-        }
-        let gauges = [
-            ("pending_ids", "Storage made ahead of its use", None, number(levels.pending_ids)),
-            (
-                "pending_removals",
-                "Removed snapshots whose storage is not freed yet",
-                None,
-                number(levels.pending_removals),
-            ),
-            (
-                "committed",
-                "Allocated by committed snapshots, as far as measured",
-                Some(Unit::Bytes),
-                levels.committed_bytes,
-            ),
-            ("metadata", "Size of the metadata file and its log", Some(Unit::Bytes), levels.metadata_bytes),
-            ("root_free", "Free on the file system of the root", Some(Unit::Bytes), levels.free_bytes),
-        ];
-        for (name, help, unit, value) in gauges {
-            let gauge = ConstGauge::new(value);
-            gauge.encode(encoder.encode_descriptor(name, help, unit.as_ref(), gauge.metric_type())?)?;
-        }
-        Ok(())
     }
 }

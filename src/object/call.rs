@@ -15,7 +15,7 @@ use super::breaker::{Breaker, Pass, Refused};
 use super::budget::Budget;
 use super::failure::Failure;
 use super::latency::Latency;
-use super::stats::Counters;
+use super::stats::{Counters, Operation, Outcome};
 use super::{ObjectError, StoreOptions};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -46,6 +46,7 @@ pub(super) enum Patience {
 pub(super) struct Call<'a> {
     /// For messages: `GET chunks/...`.
     pub(super) what: &'a str,
+    pub(super) operation: Operation,
     pub(super) lane: Lane,
     pub(super) deadline: Instant,
     /// What one attempt may take.
@@ -178,6 +179,7 @@ impl Conduct {
                 Err(if telling { Failure::Transient(why) } else { Failure::TooSoon(why) })
             }
         };
+        self.counters.timings.add(call.operation, Outcome::of(&outcome), began.elapsed());
         match &outcome {
             Err(Failure::Transient(why)) => {
                 self.counters.failures.add(1);

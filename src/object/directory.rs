@@ -5,9 +5,9 @@ use std::io;
 use std::path::Path as FilePath;
 use std::time::{Duration, SystemTime};
 
-use super::call::Lane;
 use super::description::Access;
 use super::open::failed;
+use super::stats::Operation;
 use super::{ObjectError, Objects};
 use crate::sys::blocking;
 
@@ -32,7 +32,7 @@ impl Objects {
         self.ready(Access::Write, until).await?;
         let what = format!("TOUCH {name}");
         let path = self.path(name);
-        let call = self.call(&what, Lane::Write, self.handle.options.attempt, until);
+        let call = self.call(&what, Operation::Change, self.handle.options.attempt, until);
         let attempt = || async {
             let Some(file) = self.handle.engine.file(&path).await? else { return Ok(Touched::Unsupported) };
             blocking(move || touch(&file).map_err(|error| failed(&error))).await
@@ -45,7 +45,7 @@ impl Objects {
     pub async fn tidy(&self, older_than: Duration) -> Result<u64, ObjectError> {
         let until = self.deadline();
         self.ready(Access::Write, until).await?;
-        let call = self.call("TIDY", Lane::Write, self.total, until);
+        let call = self.call("TIDY", Operation::Change, self.total, until);
         let attempt = || async {
             let Some(top) = self.handle.engine.top() else { return Ok(0) };
             blocking(move || tidy(&top, older_than, DEPTH).map_err(|error| failed(&error))).await

@@ -52,7 +52,7 @@ use open::Engine;
 
 pub use directory::Touched;
 pub use open::Settings;
-pub use stats::StoreStats;
+pub use stats::{Attempts, BOUNDS, StoreStats};
 
 /// Why an object cannot be read or written.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -221,6 +221,11 @@ impl Objects {
             resting: conduct.breaker.open_for(),
             ..conduct.counters.snapshot()
         }
+    }
+
+    /// How long the attempts so far took, by what was asked and how they ended, over all clones.
+    pub fn attempts(&self) -> Vec<Attempts> {
+        self.handle.conduct.counters.timings.read()
     }
 
     /// The bytes of an object, or `None` if there is none; an object of more than `limit` bytes is an error.

@@ -11,6 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::call::{Call, Lane};
 use super::failure::is_no_such_store;
+use super::stats::Operation;
 use super::{Failure, Handle, Hedging, ObjectError, ObjectInfo, Objects};
 
 /// The slowest upload that is waited for, bytes a second.
@@ -27,7 +28,7 @@ impl Objects {
     ) -> Result<Option<Bytes>, ObjectError> {
         let what = format!("GET {name}");
         let path = self.path(name);
-        let call = self.call(&what, Lane::Read, LONGEST_BODY, until);
+        let call = self.call(&what, Operation::Get, LONGEST_BODY, until);
         let attempt = || self.handle.get_once(&path, name, limit);
         self.hinted(self.handle.conduct.run(call, attempt).await)
     }
@@ -37,7 +38,7 @@ impl Objects {
         let path = self.path(name);
         let size = bytes.len() as u64;
         let slowest = self.handle.options.attempt + Duration::from_secs(size / SLOWEST_UPLOAD);
-        let call = self.call(&what, Lane::Write, slowest, until);
+        let call = self.call(&what, Operation::Put, slowest, until);
         let attempt = || async {
             self.handle.engine.store().await?.put(&path, bytes.clone().into()).await?;
             self.handle.conduct.counters.written.add(size);
@@ -49,7 +50,7 @@ impl Objects {
     pub(super) async fn head(&self, name: &str, until: Instant) -> Result<Option<ObjectInfo>, ObjectError> {
         let what = format!("HEAD {name}");
         let path = self.path(name);
-        let call = self.call(&what, Lane::Read, self.handle.options.attempt, until);
+        let call = self.call(&what, Operation::Head, self.handle.options.attempt, until);
         let attempt = || async {
             let found = self.handle.engine.store().await?.head(&path).await;
             Ok(found_or_missing(found)?.map(|meta| self.info(&meta)))
@@ -65,7 +66,7 @@ impl Objects {
     ) -> Result<Vec<ObjectInfo>, ObjectError> {
         let what = format!("LIST {prefix}");
         let path = self.path(prefix);
-        let call = self.call(&what, Lane::Read, LONGEST_BODY, until);
+        let call = self.call(&what, Operation::List, LONGEST_BODY, until);
         let attempt = || async {
             let store = self.handle.engine.store().await?;
             let mut listed = store.list(Some(&path)).take(limit);
@@ -81,7 +82,7 @@ impl Objects {
     pub(super) async fn remove(&self, name: &str, until: Instant) -> Result<(), ObjectError> {
         let what = format!("DELETE {name}");
         let path = self.path(name);
-        let call = self.call(&what, Lane::Write, self.handle.options.attempt, until);
+        let call = self.call(&what, Operation::Change, self.handle.options.attempt, until);
         let attempt = || async {
             let gone = self.handle.engine.store().await?.delete(&path).await;
             found_or_missing(gone).map(|_| ())
@@ -92,11 +93,15 @@ impl Objects {
     pub(super) fn call<'a>(
         &self,
         what: &'a str,
-        lane: Lane,
+        operation: Operation,
         attempt: Duration,
         deadline: Instant,
     ) -> Call<'a> {
-        Call { what, lane, deadline, attempt, patience: self.patience }
+        let lane = match operation {
+            Operation::Get | Operation::Head | Operation::List => Lane::Read,
+            Operation::Put | Operation::Change => Lane::Write,
+        };
+        Call { what, operation, lane, deadline, attempt, patience: self.patience }
     }
 
     pub(super) fn hinted<T>(&self, outcome: Result<T, ObjectError>) -> Result<T, ObjectError> {

@@ -3,6 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::ObjectError;
+use super::failure::Failure;
+
 /// What has happened on one store since it was opened.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct StoreStats {
@@ -30,8 +33,134 @@ pub struct StoreStats {
     pub resting: Option<Duration>,
 }
 
+/// Upper bounds of the times that are told apart, in seconds.
+pub const BOUNDS: [f64; 10] = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0];
+
+/// What is asked of a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Operation {
+    /// An object's bytes.
+    Get,
+    /// An object is written.
+    Put,
+    /// What is known of an object.
+    Head,
+    /// The names of objects.
+    List,
+    /// An object is deleted, or made young.
+    Change,
+}
+
+/// How an attempt ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// With an answer; that there is no such object is one.
+    Ok,
+    /// The store refused access.
+    Denied,
+    /// The store has no room.
+    Full,
+    /// The store does not do what was asked.
+    Rejected,
+    /// The way to the store or the store itself failed, time-outs included.
+    Failed,
+    /// Its caller had no more time.
+    Abandoned,
+}
+
+/// Attempts of one kind that ended one way, since the store was opened.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Attempts {
+    /// What was asked.
+    pub operation: &'static str,
+    /// How they ended.
+    pub outcome: &'static str,
+    /// How long they took together, in seconds.
+    pub seconds: f64,
+    /// How many took no longer than each of [`BOUNDS`] and longer than the one before; the last longer than all.
+    pub counts: [u64; BOUNDS.len() + 1],
+}
+
+impl Operation {
+    const ALL: [Operation; 5] =
+        [Operation::Get, Operation::Put, Operation::Head, Operation::List, Operation::Change];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Operation::Get => "get",
+            Operation::Put => "put",
+            Operation::Head => "head",
+            Operation::List => "list",
+            Operation::Change => "change",
+        }
+    }
+}
+
+impl Outcome {
+    const ALL: [Outcome; 6] =
+        [Outcome::Ok, Outcome::Denied, Outcome::Full, Outcome::Rejected, Outcome::Failed, Outcome::Abandoned];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Outcome::Ok => "ok",
+            Outcome::Denied => "denied",
+            Outcome::Full => "full",
+            Outcome::Rejected => "rejected",
+            Outcome::Failed => "failed",
+            Outcome::Abandoned => "abandoned",
+        }
+    }
+
+    pub(super) fn of<T>(outcome: &Result<T, Failure>) -> Outcome {
+        match outcome {
+            Ok(_) => Outcome::Ok,
+            Err(Failure::Final(ObjectError::Denied(_))) => Outcome::Denied,
+            Err(Failure::Final(ObjectError::Full(_))) => Outcome::Full,
+            Err(Failure::Final(_)) => Outcome::Rejected,
+            Err(Failure::Transient(_)) => Outcome::Failed,
+            Err(Failure::TooSoon(_)) => Outcome::Abandoned,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Times {
+    nanoseconds: Counter,
+    counts: [Counter; BOUNDS.len() + 1],
+}
+
+/// The times of all attempts.
+#[derive(Debug, Default)]
+pub(super) struct Timings([[Times; Outcome::ALL.len()]; Operation::ALL.len()]);
+
+impl Timings {
+    pub(super) fn add(&self, operation: Operation, outcome: Outcome, took: Duration) {
+        let times = &self.0[operation as usize][outcome as usize];
+        times.nanoseconds.add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
+        let bucket = BOUNDS.iter().position(|bound| took.as_secs_f64() <= *bound);
+        times.counts[bucket.unwrap_or(BOUNDS.len())].add(1);
+    }
+
+    /// Those that there were.
+    pub(super) fn read(&self) -> Vec<Attempts> {
+        let all = Operation::ALL.into_iter().flat_map(|operation| {
+            Outcome::ALL.into_iter().map(move |outcome| {
+                let times = &self.0[operation as usize][outcome as usize];
+                Attempts {
+                    operation: operation.as_str(),
+                    outcome: outcome.as_str(),
+                    seconds: Duration::from_nanos(times.nanoseconds.read()).as_secs_f64(),
+                    counts: times.counts.each_ref().map(Counter::read),
+                }
+            })
+        });
+        all.filter(|attempts| attempts.counts.iter().any(|count| *count > 0)).collect()
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Counters {
+    pub(super) timings: Timings,
     pub(super) requests: Counter,
     pub(super) read: Counter,
     pub(super) written: Counter,

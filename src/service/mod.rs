@@ -104,7 +104,11 @@ pub async fn serve_metrics(
 ) -> std::io::Result<()> {
     const TEXT: [(&str, &str); 1] =
         [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
-    let text = move || std::future::ready((TEXT, metrics.text()));
+    let text = move || {
+        let metrics = metrics.clone();
+        // Sizes of files are looked up for it.
+        async move { (TEXT, tokio::task::spawn_blocking(move || metrics.text()).await.unwrap_or_default()) }
+    };
     let router = axum::Router::new().route("/metrics", axum::routing::get(text));
     // Not gracefully: somebody who holds a connection open must not hold up a stop.
     tokio::select! {

@@ -11,7 +11,7 @@
 //! **When it fails.** After a deadline that passed, the store is left alone for a while, so that an ordinary pull is delayed by one
 //! time-out, not by one for each layer.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +38,22 @@ const SMALL: u64 = 4 * 1024 * 1024;
 const REST: Duration = Duration::from_secs(30);
 /// How long a Prepare may still take once containerd's collector waits for it.
 const HURRY: Duration = Duration::from_millis(600);
+
+/// What a lookup can come to, in one word.
+const OUTCOMES: [&str; 12] = [
+    "hit",
+    "hit_local",
+    "missing",
+    "late",
+    "resting",
+    "hurried",
+    "detached",
+    "untrusted",
+    "incomplete",
+    "damaged",
+    "store",
+    "node",
+];
 
 /// How many answers are remembered.
 const ANSWERS: usize = 4096;
@@ -68,6 +84,28 @@ pub(super) enum HitError {
 }
 
 impl HitError {
+    /// One word for it, of [`OUTCOMES`].
+    fn kind(&self) -> &'static str {
+        match self {
+            HitError::Late(_) | HitError::Content(ContentError::TooLate) => "late",
+            HitError::Resting => "resting",
+            HitError::Hurried => "hurried",
+            HitError::Detached => "detached",
+            HitError::Untrusted(..) => "untrusted",
+            HitError::Incomplete { .. } => "incomplete",
+            HitError::Metadata(_)
+            | HitError::Content(
+                ContentError::Ref { .. }
+                | ContentError::MissingIndex { .. }
+                | ContentError::DamagedIndex { .. }
+                | ContentError::Index(_),
+            ) => "damaged",
+            HitError::Content(_) => "store",
+            HitError::Layer(LayerError::Chunk { .. }) => "store",
+            HitError::Layer(_) | HitError::Snapshot(_) => "node",
+        }
+    }
+
     /// Whether the next layer had better not ask: the time is over, or nobody answers.
     fn is_outage(&self) -> bool {
         match self {
@@ -88,6 +126,8 @@ pub(super) struct Hits {
     rest_until: Mutex<Option<Instant>>,
     hurry: watch::Sender<Option<Instant>>,
     answers: Mutex<Answers>,
+    /// How many lookups came to what.
+    lookups: Mutex<BTreeMap<&'static str, u64>>,
 }
 
 /// What came of the last lookups, for people who ask why a layer was pulled.
@@ -126,7 +166,8 @@ impl Hits {
         deadline: Duration,
     ) -> Hits {
         let (rest_until, hurry, answers) = (Mutex::default(), watch::Sender::new(None), Mutex::default());
-        Hits { meta, layers, content, deadline, rest_until, hurry, answers }
+        let lookups = Mutex::new(OUTCOMES.map(|outcome| (outcome, 0)).into());
+        Hits { meta, layers, content, deadline, rest_until, hurry, answers, lookups }
     }
 
     /// containerd is about to collect: who waits for the store gives up soon, so that the collector, and everybody behind it,
@@ -153,7 +194,19 @@ impl Hits {
             Err(error) => error.to_string(),
         };
         self.answers.lock().keep(chain, answer);
+        let outcome = match &found {
+            Ok(Some(Hit { reserved: Some(_), .. })) => "hit",
+            Ok(Some(_)) => "hit_local",
+            Ok(None) => "missing",
+            Err(error) => error.kind(),
+        };
+        *self.lookups.lock().entry(outcome).or_default() += 1;
         found
+    }
+
+    /// How many lookups came to what since the daemon started.
+    pub(super) fn lookups(&self) -> Vec<(&'static str, u64)> {
+        self.lookups.lock().iter().map(|(outcome, count)| (*outcome, *count)).collect()
     }
 
     async fn find_in_time(&self, chain: &ChainId, first: bool) -> Result<Option<Hit>, HitError> {
@@ -246,6 +299,8 @@ impl Hits {
         let filler = self.layers.filler(&self.content);
         let progress = FillProgress::default();
         let target = || Target { file: &file, path: &path, start: Start::Empty, progress: &progress };
+        // However this ends, and should it be dropped.
+        let _counted = OnDrop(|| self.layers.count(&progress));
         filler.fill(index, index.metadata_chunks().collect(), target()).await?;
         let (checked, layout) = (Arc::clone(&file), index.facts().layout.clone());
         blocking(move || Ok::<_, SnapshotError>(check::check(&*checked, &layout))).await??;
@@ -284,5 +339,14 @@ impl Hits {
             drop(self.layers.fill(layer.id.serial, start));
         }
         record
+    }
+}
+
+/// Runs when it is dropped.
+struct OnDrop<F: Fn()>(F);
+
+impl<F: Fn()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
     }
 }

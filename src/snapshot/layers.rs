@@ -51,8 +51,31 @@ pub struct Layers {
     fills: Mutex<HashMap<u64, Arc<Fill>>>,
     attach_locks: KeyedLocks<u64>,
     attached: Mutex<HashSet<u64>>,
+    filled: Filled,
     tasks: TaskTracker,
     stop: CancellationToken,
+}
+
+/// What was filled since the daemon started.
+#[derive(Debug, Default)]
+struct Filled {
+    done: AtomicU64,
+    failed: AtomicU64,
+    fetched: AtomicU64,
+    shared: AtomicU64,
+}
+
+/// The same at one moment.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct FillCounts {
+    /// Layer images that became complete.
+    pub done: u64,
+    /// Those that were given up, for now.
+    pub failed: u64,
+    /// Plain bytes that came from the store, those of the metadata and of fills that failed included.
+    pub fetched: u64,
+    /// Plain bytes that other layer images of this node had.
+    pub shared: u64,
 }
 
 /// A fill that runs or has failed.
@@ -106,6 +129,7 @@ impl Layers {
             fills: Mutex::default(),
             attach_locks: KeyedLocks::default(),
             attached: Mutex::default(),
+            filled: Filled::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         }
@@ -188,12 +212,16 @@ impl Layers {
         for attempt in 1..=ATTEMPTS {
             match self.try_fill(serial, start, &fill.progress).await {
                 Ok(()) => {
+                    self.count(&fill.progress);
+                    self.filled.done.fetch_add(1, Ordering::Relaxed);
                     fill.state.send_replace(State::Done);
                     self.fills.lock().remove(&serial);
                     return;
                 }
                 Err(error) if attempt == ATTEMPTS || self.meta.layer(serial).is_none() => {
                     let text = error.problem();
+                    self.count(&fill.progress);
+                    self.filled.failed.fetch_add(1, Ordering::Relaxed);
                     tracing::error!(serial, error = text, "a layer cannot be fetched from the store");
                     fill.state.send_replace(State::Failed(text.into()));
                     return;
@@ -236,6 +264,19 @@ impl Layers {
         let bytes = |counted: &AtomicU64| counted.load(Ordering::Relaxed);
         self.meta.completed(serial, bytes(&progress.fetched), bytes(&progress.shared)).await?;
         Ok(())
+    }
+
+    /// Adds what was fetched to what is counted; once for each progress.
+    pub(super) fn count(&self, progress: &FillProgress) {
+        self.filled.fetched.fetch_add(progress.fetched.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.filled.shared.fetch_add(progress.shared.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    /// What was filled since the daemon started; bytes when the fill is over.
+    pub fn fill_counts(&self) -> FillCounts {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let Filled { done, failed, fetched, shared } = &self.filled;
+        FillCounts { done: read(done), failed: read(failed), fetched: read(fetched), shared: read(shared) }
     }
 
     /// The layer index kept beside an image, if it is the recorded one.

@@ -39,6 +39,9 @@ applies() {
         awk -v name="speedy_diff_applies_total{how=\"$1\"}" '$1 == name { n = $2 } END { print n + 0 }'
 }
 
+# metric NAME: its value, the name with its labels as the page has it; nothing if it is not there.
+metric() { curl -sSf "http://$(metrics_address)/metrics" | awk -v name="${1//\"/\\\"}" '$1 == name { print $2 }'; }
+
 status_of() { "$SPEEDY" status --json --address "$SPEEDY_ADDRESS" | jq -r "$1"; }
 layers() { "$SPEEDY" layers --json --address "$SPEEDY_ADDRESS"; }
 

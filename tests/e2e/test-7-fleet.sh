@@ -289,6 +289,9 @@ test_fleet_names_images() {
     expect_from_store ctr eight 8
     on b wait_published
     expect_equal "$names" "$(names_on "$store" | wc -l)" "names on the store after another node's pull"
+    expect_equal 1 "$(metric speedy_published_images_total)" "names written since the restart, as the metrics have it"
+    expect_equal "8 0" "$(on b metric 'speedy_remote_lookups_total{outcome="hit"}') $(on b metric 'speedy_remote_lookups_total{outcome="late"}')" \
+        "layers that node b found, as its metrics have it"
 }
 # names_on STORE: the objects that name images. is_named STORE NAME: whether one names that image.
 names_on() { find "${1#file://}/images" -type f; }

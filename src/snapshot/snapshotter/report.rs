@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use super::Snapshotter;
 use crate::oci::ChainId;
+use crate::snapshot::hit::Hits;
+use crate::snapshot::layers::FillCounts;
 use crate::snapshot::metastore::{Own, Record};
 use crate::snapshot::report::{LayerExplained, LayerNumbers, LayerReport, PublishState, SnapshotNumbers};
 use crate::snapshot::{Key, SnapshotError};
@@ -31,6 +33,16 @@ impl Snapshotter {
             attached: reports.iter().filter(|layer| layer.attached).count(),
             bytes: reports.iter().map(|layer| layer.bytes).sum(),
         }
+    }
+
+    /// What was filled since the daemon started.
+    pub fn fill_counts(&self) -> FillCounts {
+        self.remote.layers.as_ref().map(|layers| layers.fill_counts()).unwrap_or_default()
+    }
+
+    /// How many Prepares that asked the store for a layer came to what, since the daemon started.
+    pub fn lookups(&self) -> Vec<(&'static str, u64)> {
+        self.hits.as_ref().map(Hits::lookups).unwrap_or_default()
     }
 
     /// All layer images. Blocking.

@@ -1,0 +1,92 @@
+//! What the metrics show of how things stand, gathered from those who know.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::object::{BOUNDS, Objects};
+use crate::snapshot::metastore::MetaStore;
+use crate::snapshot::snapshotter::Snapshotter;
+use crate::sys::space;
+use crate::telemetry::{LayerLevels, Levels, PublishLevels, StoreLevels, Timing};
+
+/// Gathers it whenever that is called, on a thread that may block.
+pub(super) fn read(
+    snapshotter: &Arc<Snapshotter>,
+    meta: &Arc<MetaStore>,
+    objects: Option<Objects>,
+    root: &Path,
+) -> impl Fn() -> Levels + Send + Sync + 'static {
+    let (snapshotter, meta, root) = (Arc::clone(snapshotter), Arc::clone(meta), root.to_owned());
+    let size = |path: PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
+    move || {
+        let counts = snapshotter.counts();
+        let log = PathBuf::from(format!("{}-wal", meta.path().display()));
+        Levels {
+            snapshots: vec![
+                ("view", number(counts.views)),
+                ("active", number(counts.active)),
+                ("committed", number(counts.committed)),
+            ],
+            pending_ids: number(counts.pending),
+            pending_removals: number(counts.removing),
+            committed_bytes: counts.committed_bytes,
+            metadata_bytes: size(meta.path().to_owned()) + size(log),
+            free_bytes: space::free_bytes(&root).unwrap_or(0),
+            layers: layers(&snapshotter),
+            publish: publish(&snapshotter),
+            store: objects.as_ref().map(store),
+        }
+    }
+}
+
+fn layers(snapshotter: &Snapshotter) -> LayerLevels {
+    let reports = snapshotter.layer_reports();
+    let count = |state: &str| number(reports.iter().filter(|layer| layer.state == state).count());
+    let fills = snapshotter.fill_counts();
+    LayerLevels {
+        states: ["complete", "filling", "failed"].map(|state| (state, count(state))).to_vec(),
+        unclaimed: number(reports.iter().filter(|layer| layer.snapshots == 0).count()),
+        attached: number(reports.iter().filter(|layer| layer.attached).count()),
+        bytes: reports.iter().map(|layer| layer.bytes).sum(),
+        fills: vec![("done", fills.done), ("failed", fills.failed)],
+        filled_bytes: vec![("store", fills.fetched), ("node", fills.shared)],
+        lookups: snapshotter.lookups(),
+    }
+}
+
+fn publish(snapshotter: &Snapshotter) -> PublishLevels {
+    let state = snapshotter.publish_state("");
+    PublishLevels {
+        queue: vec![("pending", number(state.pending)), ("dropped", number(state.dropped))],
+        layers: state.layers,
+        names: state.names,
+        bytes: state.bytes,
+        uploaded: state.uploaded,
+        failures: state.failures,
+    }
+}
+
+fn store(objects: &Objects) -> StoreLevels {
+    let stats = objects.stats();
+    let bounds = || BOUNDS.into_iter().chain([f64::INFINITY]);
+    let requests = objects.attempts().into_iter().map(|attempts| Timing {
+        operation: attempts.operation,
+        outcome: attempts.outcome,
+        seconds: attempts.seconds,
+        counts: bounds().zip(attempts.counts).collect(),
+    });
+    StoreLevels {
+        requests: requests.collect(),
+        retries: stats.retries,
+        hedges: vec![("won", stats.hedges_won), ("lost", stats.hedges.saturating_sub(stats.hedges_won))],
+        failed_calls: vec![("unreachable", stats.unreachable), ("resting", stats.refused)],
+        resting: stats.resting.is_some(),
+        rests: stats.opened,
+        read_bytes: stats.read,
+        written_bytes: stats.written,
+    }
+}
+
+fn number(n: usize) -> u64 {
+    u64::try_from(n).unwrap_or(u64::MAX)
+}

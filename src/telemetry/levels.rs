@@ -1,0 +1,355 @@
+//! What is read when metrics are asked for: how things stand, and what others count.
+
+use std::fmt;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Unit;
+
+/// A number for each value of a label.
+type Parts = Vec<(&'static str, u64)>;
+
+/// What is asked for when metrics are read.
+#[derive(Debug, Clone, Default)]
+pub struct Levels {
+    /// Views, active and committed snapshots.
+    pub snapshots: Parts,
+    /// Ids made ahead.
+    pub pending_ids: u64,
+    /// Removed snapshots whose storage is not freed yet.
+    pub pending_removals: u64,
+    /// Bytes of all committed snapshots measured so far.
+    pub committed_bytes: u64,
+    /// Bytes of the metadata file and its log.
+    pub metadata_bytes: u64,
+    /// Bytes free on the file system that holds the root.
+    pub free_bytes: u64,
+    /// Layer images of this node.
+    pub layers: LayerLevels,
+    /// What is put on the store.
+    pub publish: PublishLevels,
+    /// The store, if there is one.
+    pub store: Option<StoreLevels>,
+}
+
+/// Layer images of this node.
+#[derive(Debug, Clone, Default)]
+pub struct LayerLevels {
+    /// How many, by state.
+    pub states: Parts,
+    /// Those that no snapshot uses.
+    pub unclaimed: u64,
+    /// Those that are mounted.
+    pub attached: u64,
+    /// What their files take.
+    pub bytes: u64,
+    /// Fills that ended, by outcome.
+    pub fills: Parts,
+    /// Plain bytes that were filled in, by where they came from.
+    pub filled_bytes: Parts,
+    /// Prepares that asked the store for a layer, by what came of it.
+    pub lookups: Parts,
+}
+
+/// What is put on the store.
+#[derive(Debug, Clone, Default)]
+pub struct PublishLevels {
+    /// Entries of the queue, by state.
+    pub queue: Parts,
+    /// Layers published.
+    pub layers: u64,
+    /// Names of images written.
+    pub names: u64,
+    /// Plain bytes of the layers.
+    pub bytes: u64,
+    /// Bytes uploaded for them.
+    pub uploaded: u64,
+    /// Attempts that failed.
+    pub failures: u64,
+}
+
+/// What has happened on the store.
+#[derive(Debug, Clone, Default)]
+pub struct StoreLevels {
+    /// How long requests took.
+    pub requests: Vec<Timing>,
+    /// Requests made again after a failure.
+    pub retries: u64,
+    /// Second requests for what was slow, by whether they were answered first.
+    pub hedges: Parts,
+    /// Calls that came to nothing without the store's answer, by reason.
+    pub failed_calls: Parts,
+    /// Whether the store is left alone at the moment, for not answering.
+    pub resting: bool,
+    /// How often that began.
+    pub rests: u64,
+    /// Bytes of objects that arrived whole.
+    pub read_bytes: u64,
+    /// Bytes of objects that were written.
+    pub written_bytes: u64,
+}
+
+/// How long what was done took.
+#[derive(Debug, Clone, Default)]
+pub struct Timing {
+    /// What was asked of the store.
+    pub operation: &'static str,
+    /// How it ended.
+    pub outcome: &'static str,
+    /// In seconds, all together.
+    pub seconds: f64,
+    /// Upper bounds in seconds, each with how many took no longer and longer than the bound before. The last has no bound.
+    pub counts: Vec<(f64, u64)>,
+}
+
+/// Reads the levels whenever metrics are read.
+pub(super) struct LevelCollector<F>(pub(super) F);
+
+impl<F> fmt::Debug for LevelCollector<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LevelCollector")
+    }
+}
+
+impl<F: Fn() -> Levels + Send + Sync + 'static> Collector for LevelCollector<F> {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let levels = (self.0)();
+        let mut page = Page(encoder);
+        page.snapshots(&levels)?;
+        page.layers(&levels.layers)?;
+        page.publish(&levels.publish)?;
+        match &levels.store {
+            Some(store) => page.store(store),
+            None => Ok(()),
+        }
+    }
+}
+
+struct Page<'a>(DescriptorEncoder<'a>);
+
+impl Page<'_> {
+    fn snapshots(&mut self, levels: &Levels) -> fmt::Result {
+        self.gauges("snapshots", "Snapshots, by kind", "kind", &levels.snapshots)?;
+        self.gauge("pending_ids", "Storage made ahead of its use", None, levels.pending_ids)?;
+        let removals = "Removed snapshots whose storage is not freed yet";
+        self.gauge("pending_removals", removals, None, levels.pending_removals)?;
+        let bytes = Some(Unit::Bytes);
+        let committed = "Allocated by committed snapshots, as far as measured";
+        self.gauge("committed", committed, bytes.as_ref(), levels.committed_bytes)?;
+        let metadata = "Size of the metadata file and its log";
+        self.gauge("metadata", metadata, bytes.as_ref(), levels.metadata_bytes)?;
+        self.gauge("root_free", "Free on the file system of the root", bytes.as_ref(), levels.free_bytes)
+    }
+
+    fn layers(&mut self, layers: &LayerLevels) -> fmt::Result {
+        self.gauges("layers", "Layer images on this node, by state", "state", &layers.states)?;
+        self.gauge("layers_unclaimed", "Layer images that no snapshot uses", None, layers.unclaimed)?;
+        self.gauge("layers_attached", "Layer images that are mounted", None, layers.attached)?;
+        self.gauge("layers", "Allocated by layer images", Some(&Unit::Bytes), layers.bytes)?;
+        self.counters("fills", "Layer images filled, by outcome", None, "outcome", &layers.fills)?;
+        let filled = "Plain bytes of layer images, by where they came from";
+        self.counters("filled", filled, Some(&Unit::Bytes), "source", &layers.filled_bytes)?;
+        let lookups = "Layers that the store was asked for in a Prepare, by what came of it";
+        self.counters("remote_lookups", lookups, None, "outcome", &layers.lookups)
+    }
+
+    fn publish(&mut self, publish: &PublishLevels) -> fmt::Result {
+        let queue = "Layers and image names to be published, and layers that were given up";
+        self.gauges("publish_queue", queue, "state", &publish.queue)?;
+        let bytes = Some(Unit::Bytes);
+        self.counter("published_layers", "Layers published", None, publish.layers)?;
+        self.counter("published_images", "Names of images published", None, publish.names)?;
+        self.counter("published", "Plain bytes of published layers", bytes.as_ref(), publish.bytes)?;
+        let uploaded = "Bytes uploaded for published layers, compressed, without what the store had";
+        self.counter("uploaded", uploaded, bytes.as_ref(), publish.uploaded)?;
+        let failures = "Attempts to publish a layer or the name of an image that failed";
+        self.counter("publish_failures", failures, None, publish.failures)
+    }
+
+    fn store(&mut self, store: &StoreLevels) -> fmt::Result {
+        let help = "Time of a request to the store, by what was asked and how it ended";
+        let unit = Unit::Seconds;
+        let name = "store_request_duration";
+        let mut family = self.0.encode_descriptor(name, help, Some(&unit), MetricType::Histogram)?;
+        for Timing { operation, outcome, seconds, counts } in &store.requests {
+            let labels = [("operation", *operation), ("outcome", *outcome)];
+            let count = counts.iter().map(|(_, count)| count).sum();
+            let mut metric = family.encode_family(&labels)?;
+            metric.encode_histogram::<NoLabelSet>(*seconds, count, counts, None)?;
+        }
+        self.counter("store_retries", "Requests made again after a failure", None, store.retries)?;
+        let hedges = "Second requests for what was slow, by whether they were answered first";
+        self.counters("store_hedges", hedges, None, "outcome", &store.hedges)?;
+        let failed = "Calls that came to nothing without an answer of the store, by reason";
+        self.counters("store_failed_calls", failed, None, "reason", &store.failed_calls)?;
+        let open = "Whether the store is left alone for a while because it did not answer";
+        self.gauge("store_breaker_open", open, None, u64::from(store.resting))?;
+        self.counter("store_breaker_opened", "How often that began", None, store.rests)?;
+        let bytes = Some(Unit::Bytes);
+        self.counter("store_read", "Bytes of objects read whole", bytes.as_ref(), store.read_bytes)?;
+        self.counter("store_written", "Bytes of objects written", bytes.as_ref(), store.written_bytes)
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, unit: Option<&Unit>, value: u64) -> fmt::Result {
+        ConstGauge::new(value).encode(self.0.encode_descriptor(name, help, unit, MetricType::Gauge)?)
+    }
+
+    fn gauges(
+        &mut self,
+        name: &str,
+        help: &str,
+        label: &'static str,
+        values: &[(&'static str, u64)],
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (part, value) in values {
+            ConstGauge::new(*value).encode(family.encode_family(&[(label, *part)])?)?;
+        }
+        Ok(())
+    }
+
+    fn counter(&mut self, name: &str, help: &str, unit: Option<&Unit>, value: u64) -> fmt::Result {
+        ConstCounter::new(value).encode(self.0.encode_descriptor(name, help, unit, MetricType::Counter)?)
+    }
+
+    fn counters(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Option<&Unit>,
+        label: &'static str,
+        values: &[(&'static str, u64)],
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, unit, MetricType::Counter)?;
+        for (part, value) in values {
+            ConstCounter::new(*value).encode(family.encode_family(&[(label, *part)])?)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, HashSet};
+
+    use super::*;
+    use crate::telemetry::{Method, Metrics};
+
+    fn levels() -> Levels {
+        let timing = Timing {
+            operation: "get",
+            outcome: "ok",
+            seconds: 2.5,
+            counts: vec![(0.1, 3), (1.0, 0), (f64::INFINITY, 2)],
+        };
+        let store = StoreLevels {
+            requests: vec![timing],
+            retries: 1,
+            hedges: vec![("won", 1), ("lost", 2)],
+            failed_calls: vec![("unreachable", 3), ("resting", 4)],
+            resting: true,
+            rests: 5,
+            read_bytes: 6,
+            written_bytes: 7,
+        };
+        Levels {
+            snapshots: vec![("view", 1), ("active", 2), ("committed", 3)],
+            layers: LayerLevels {
+                states: vec![("complete", 4), ("filling", 1), ("failed", 0)],
+                bytes: 4096,
+                fills: vec![("done", 2), ("failed", 1)],
+                filled_bytes: vec![("store", 100), ("node", 50)],
+                lookups: vec![("hit", 2), ("missing", 9)],
+                ..LayerLevels::default()
+            },
+            publish: PublishLevels {
+                queue: vec![("pending", 8), ("dropped", 1)],
+                ..PublishLevels::default()
+            },
+            store: Some(store),
+            ..Levels::default()
+        }
+    }
+
+    /// The samples of a page, after what the text format demands of it was checked.
+    fn parse(page: &str) -> BTreeMap<String, f64> {
+        let (mut types, mut samples) = (BTreeMap::new(), BTreeMap::new());
+        let mut described = HashSet::new();
+        assert_eq!(page.lines().last(), Some("# EOF"));
+        for line in page.lines().filter(|line| *line != "# EOF") {
+            if let Some(comment) = line.strip_prefix("# ") {
+                let (kind, rest) = comment.split_once(' ').unwrap();
+                let (name, text) = rest.split_once(' ').unwrap();
+                assert!(name.starts_with("speedy_"), "{line}");
+                match kind {
+                    "HELP" => assert!(described.insert(name.to_owned()), "twice: {line}"),
+                    "TYPE" => assert!(types.insert(name.to_owned(), text.to_owned()).is_none(), "{line}"),
+                    _ => assert!(kind == "UNIT" && name.ends_with(&format!("_{text}")), "{line}"),
+                }
+                continue;
+            }
+            let (name, value) = line.rsplit_once(' ').unwrap();
+            let family = name.split('{').next().unwrap();
+            let is_of = |(name, kind): (&String, &String)| match kind.as_str() {
+                "counter" => family == format!("{name}_total"),
+                "histogram" => {
+                    ["_sum", "_count", "_bucket"].iter().any(|end| family == format!("{name}{end}"))
+                }
+                _ => family == name,
+            };
+            assert!(types.iter().any(is_of), "{line} belongs to nothing that was described");
+            assert!(samples.insert(name.to_owned(), value.parse().unwrap()).is_none(), "twice: {line}");
+        }
+        samples
+    }
+
+    #[test]
+    fn the_page_says_what_an_operator_needs() {
+        let metrics = Metrics::new(levels);
+        metrics.rpc(Method::Prepare, "OK", std::time::Duration::from_millis(3));
+        metrics.applied("image");
+        let samples = parse(&metrics.text());
+        let want = [
+            ("speedy_snapshots{kind=\"active\"}", 2.0),
+            ("speedy_layers{state=\"complete\"}", 4.0),
+            ("speedy_layers_bytes", 4096.0),
+            ("speedy_fills_total{outcome=\"done\"}", 2.0),
+            ("speedy_filled_bytes_total{source=\"node\"}", 50.0),
+            ("speedy_remote_lookups_total{outcome=\"missing\"}", 9.0),
+            ("speedy_publish_queue{state=\"pending\"}", 8.0),
+            ("speedy_published_layers_total", 0.0),
+            ("speedy_uploaded_bytes_total", 0.0),
+            ("speedy_publish_failures_total", 0.0),
+            ("speedy_store_request_duration_seconds_count{operation=\"get\",outcome=\"ok\"}", 5.0),
+            ("speedy_store_request_duration_seconds_sum{operation=\"get\",outcome=\"ok\"}", 2.5),
+            (
+                "speedy_store_request_duration_seconds_bucket{le=\"1.0\",operation=\"get\",outcome=\"ok\"}",
+                3.0,
+            ),
+            (
+                "speedy_store_request_duration_seconds_bucket{le=\"+Inf\",operation=\"get\",outcome=\"ok\"}",
+                5.0,
+            ),
+            ("speedy_store_retries_total", 1.0),
+            ("speedy_store_hedges_total{outcome=\"won\"}", 1.0),
+            ("speedy_store_failed_calls_total{reason=\"resting\"}", 4.0),
+            ("speedy_store_breaker_open", 1.0),
+            ("speedy_store_breaker_opened_total", 5.0),
+            ("speedy_store_written_bytes_total", 7.0),
+            ("speedy_rpc_calls_total{method=\"Prepare\",code=\"OK\"}", 1.0),
+            ("speedy_diff_applies_total{how=\"image\"}", 1.0),
+        ];
+        for (name, value) in want {
+            assert_eq!(samples.get(name), Some(&value), "{name} in\n{}", metrics.text());
+        }
+    }
+
+    #[test]
+    fn without_a_store_nothing_is_said_of_one() {
+        let samples = parse(&Metrics::new(Levels::default).text());
+        assert!(!samples.keys().any(|name| name.starts_with("speedy_store_")), "{samples:?}");
+    }
+}
