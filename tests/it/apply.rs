@@ -11,7 +11,7 @@ use speedy::layer::attach::Attacher;
 use speedy::oci::Digest;
 use speedy::snapshot::apply::{Applied, Applier, ApplyError, ApplyRequest, How};
 use speedy::snapshot::layers::Layers;
-use speedy::snapshot::metastore::{MetaStore, NewSnapshot};
+use speedy::snapshot::metastore::{LayerChoice, MetaStore, NewSnapshot};
 use speedy::snapshot::{Kind, SnapshotError, Timestamp};
 
 use crate::layers::{Item, Tar};
@@ -27,7 +27,9 @@ async fn apply(root: &Path, name: &str, limits: Limits, tar: Vec<u8>) -> Result<
     driver.reserve(&[id]).unwrap();
     let (kind, labels) = (Kind::Active, no_labels());
     let key = key(&format!("default/1/extract-{name}"));
-    meta.create(NewSnapshot { id, key, parent: None, kind, labels, now: Timestamp(1) }).await.unwrap();
+    meta.create(NewSnapshot { id, key, parent: None, kind, labels, now: Timestamp(1) }, LayerChoice::Own)
+        .await
+        .unwrap();
     let mount = Mount {
         kind: "bind".into(),
         source: root.join(format!("l/{}/fs", id.serial)).display().to_string(),

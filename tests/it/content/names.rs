@@ -10,6 +10,7 @@ use speedy::containerd::blob::Blobs;
 use speedy::containerd::manifest::Platform;
 use speedy::content::ContentStore;
 use speedy::content::trust::{PublisherKey, Trust};
+use speedy::image::Limits;
 use speedy::layer::LayerStore;
 use speedy::layer::attach::Attacher;
 use speedy::object::Objects;
@@ -89,7 +90,8 @@ impl Node {
         let images = Arc::new(Layers::new(Arc::clone(&meta), Arc::clone(&layers), Some(content.clone())));
         let blobs = Blobs::new(socket.to_owned());
         let publisher =
-            Arc::new(Publisher::new(Arc::clone(&meta), images, Arc::clone(&content), blobs, root));
+            Publisher::new(Arc::clone(&meta), images, Arc::clone(&content), blobs, Limits::default(), root);
+        let publisher = Arc::new(publisher);
         let (stop, work) = (CancellationToken::new(), tokio::task::JoinSet::new());
         Node { meta, layers, content, publisher, stop, work }
     }
@@ -111,7 +113,7 @@ impl Node {
         let active = Key::new(&format!("test/{}/extract-1 {}", ids[0].serial, layer.chain)).unwrap();
         let (key, now) = (active.clone(), Timestamp(1));
         let new = NewSnapshot { id: ids[0], key, parent, kind: Kind::Active, labels: Labels::new(), now };
-        self.meta.create(new).await.unwrap();
+        self.meta.create(new, LayerChoice::Own).await.unwrap();
         let mut file = self.layers.create(ids[1].serial).unwrap();
         file.write_all(&layer.image.bytes).unwrap();
         self.layers.complete(ids[1].serial, &file).unwrap();
