@@ -17,6 +17,7 @@
 use std::cell::RefCell;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use zstd::bulk::{Compressor, Decompressor};
 
 use super::MAX_CHUNK;
@@ -60,9 +61,12 @@ pub enum CodecError {
     Zstd(String),
 }
 
+/// A context for compressing takes some 5 MB at this level, so there are as many as compress at once, not one for each thread that
+/// ever did: the threads of a runtime that may block are dozens.
+static COMPRESSORS: Mutex<Vec<Compressor<'static>>> = Mutex::new(Vec::new());
+
 thread_local! {
-    // A context is half a megabyte or more: one for each thread that ever needs it.
-    static COMPRESSOR: RefCell<Option<Compressor<'static>>> = const { RefCell::new(None) };
+    // 160 KB: one for each thread that ever needs it.
     static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
 }
 
@@ -90,13 +94,14 @@ pub fn encode(plain: &[u8]) -> Bytes {
 }
 
 fn compress(plain: &[u8], into: &mut [u8]) -> Option<usize> {
-    COMPRESSOR.with_borrow_mut(|kept| {
-        let compressor = match kept {
-            Some(compressor) => compressor,
-            None => kept.insert(Compressor::new(LEVEL).ok()?),
-        };
-        compressor.compress_to_buffer(plain, into).ok()
-    })
+    let kept = COMPRESSORS.lock().pop();
+    let mut compressor = match kept {
+        Some(compressor) => compressor,
+        None => Compressor::new(LEVEL).ok()?,
+    };
+    let length = compressor.compress_to_buffer(plain, into).ok();
+    COMPRESSORS.lock().push(compressor);
+    length
 }
 
 /// The plain bytes, exactly `length` of them.

@@ -1,9 +1,11 @@
 //! Chunks on the object store.
 
+use std::sync::LazyLock;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use tokio::sync::Semaphore;
 
 use super::codec::{self, CodecError};
 use super::store::{ChunkPrune, ChunkSink, ChunkStore, Deletion, RENEWED, Stored};
@@ -44,6 +46,10 @@ impl Remote {
         u64::try_from(modified).unwrap_or(0).saturating_add(RENEWED.as_secs()) >= now.as_secs()
     }
 }
+
+/// As many chunks are compressed at once as there are processors: more gain nothing and each takes memory.
+static ENCODING: LazyLock<Semaphore> =
+    LazyLock::new(|| Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)));
 
 /// Of so many bytes zstd makes short work; more of them would keep other tasks of the thread waiting.
 const SHORT_WORK: usize = 32 * 1024;
@@ -91,7 +97,10 @@ impl ChunkSink for Remote {
             return Err(ChunkError::Mismatch { id });
         }
         let length = plain.len();
-        let stored = apart(length, move || codec::encode(&plain)).await.map_err(store(id))?;
+        let turn = ENCODING.acquire().await;
+        let encoded = apart(length, move || codec::encode(&plain)).await;
+        drop(turn);
+        let stored = encoded.map_err(store(id))?;
         let size = stored.len() as u64;
         self.objects.put(&layout::chunk(id.as_bytes()), stored).await.map_err(store(id))?;
         Ok(size)

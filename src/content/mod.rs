@@ -19,7 +19,7 @@
 //! **When it fails.** Half a publish is invisible, and repeating it uploads only what is still missing. A failure here is never
 //! containerd's problem: the caller falls back to an ordinary pull.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use tokio::time::Instant;
 
 use crate::chunk::store::ChunkSink;
-use crate::chunk::{ChunkError, ChunkRef};
+use crate::chunk::{ChunkError, ChunkId, ChunkRef};
 use crate::object::{ObjectError, Objects, layout};
 use crate::oci::{ChainId, Digest};
 
@@ -334,15 +334,17 @@ impl ContentStore {
         Ok(LayerIndex::decode(&bytes, self.options.limits)?)
     }
 
-    /// Those of these chunks that the store lacks, each once; does not look at their bytes.
+    /// Those of these chunks that the store is found to lack, each once; does not look at their bytes. Those that were not asked
+    /// for `within` that time are taken for there: other ones each time.
     pub async fn missing(
         &self,
         chunks: impl IntoIterator<Item = ChunkRef>,
+        within: Duration,
     ) -> Result<Vec<ChunkRef>, ContentError> {
-        let mut seen = HashSet::new();
-        let distinct: Vec<ChunkRef> = chunks.into_iter().filter(|chunk| seen.insert(chunk.id)).collect();
-        drop(seen);
-        let asked = distinct.into_iter().map(|chunk| {
+        // The order of a hash map is another one each time.
+        let distinct: HashMap<ChunkId, ChunkRef> =
+            chunks.into_iter().map(|chunk| (chunk.id, chunk)).collect();
+        let asked = distinct.into_values().map(|chunk| {
             // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
             async move {
                 let there = self.parts.chunks.contains(chunk.id).await?;
@@ -352,6 +354,7 @@ impl ContentStore {
         });
         let lacking = stream::iter(asked)
             .buffer_unordered(REQUESTS)
+            .take_until(tokio::time::sleep(within))
             .try_filter_map(|lacking| async move { Ok(lacking) });
         lacking.try_collect().await
     }

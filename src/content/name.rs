@@ -1,7 +1,8 @@
 //! Names of images: which images the store can give whole.
 //!
-//! **What.** An [`ImageName`] says that every layer of an image is published for a platform. It is written after all of them, so
-//! that whoever finds it finds them. Nothing on the way of a pull reads it; it is for tools that list what a store has.
+//! **What.** An [`ImageName`] says that every layer of an image is published for a platform. It is written after all of them,
+//! so that they are there; a ref may be of another publisher that this one trusts, and whoever reads the name has to trust it, too.
+//! Nothing on the way of a pull reads it; it is for tools that list what a store has.
 //!
 //! **Format.** The message `ImageName` of `proto/speedy/v1/layer.proto`, version 1, canonical, in the object
 //! `images/<2 hex>/<hash>/<key id>`, where the hash is the BLAKE3-256 of reference, a zero byte and platform. Signed is

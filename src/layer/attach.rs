@@ -28,6 +28,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::trial::Trial;
 use crate::sys::loopdev::{self, LoopDevice};
@@ -36,6 +37,8 @@ use crate::sys::mountinfo;
 
 /// The directory at the root of every layer image that holds the layer.
 pub const TREE: &str = "fs";
+/// How long what was written stays in memory, most probably.
+const FRESH: Duration = Duration::from_secs(120);
 /// More than this many mounts on top of each other are nobody's attach point.
 const STACKED: u32 = 64;
 
@@ -58,6 +61,16 @@ pub enum Way {
     FileBacked(ErofsIo),
     /// Through a loop device.
     Loop,
+}
+
+impl Way {
+    /// The same through the page cache of the image's file.
+    fn cached(self) -> Way {
+        match self {
+            Way::FileBacked(_) => Way::FileBacked(ErofsIo::Default),
+            Way::Loop => Way::Loop,
+        }
+    }
 }
 
 impl fmt::Display for Way {
@@ -209,7 +222,8 @@ impl Attacher {
 
     fn attach_at(&self, image: &Path, point: &Path) -> Result<(), AttachError> {
         let dir = empty_directory(point)?;
-        let mounted = mount_image(image, self.way).map_err(|error| explain(image, error))?;
+        let way = if is_fresh(image) { self.way.cached() } else { self.way };
+        let mounted = mount_image(image, way).map_err(|error| explain(image, error))?;
         let refused = |source| AttachError::Refused { image: image.to_owned(), source };
         if !mounted.has_directory(TREE).map_err(refused)? {
             return Err(AttachError::NoTree(image.to_owned()));
@@ -225,7 +239,9 @@ impl Attacher {
         let table = mountinfo::of_this_process().map_err(|error| AttachError::at(point, error))?;
         let top = table.iter().rfind(|entry| entry.point == point_path);
         let mounted = top.map(image_of).transpose().map_err(|error| AttachError::at(point, error))?;
-        if mounted.flatten().as_deref() != Some(&path) {
+        // The table keeps the name that the file had when it was mounted, before it was complete.
+        let stem = |path: &Path| path.with_extension("");
+        if mounted.flatten().map(|mounted| stem(&mounted)) != Some(stem(&path)) {
             return Err(AttachError::Occupied(point.to_owned()));
         }
         require_visible(point)
@@ -308,6 +324,13 @@ fn remove_empty(point: &Path) -> Result<(), AttachError> {
         }
         removed => removed.map_err(|error| AttachError::at(point, error)),
     }
+}
+
+/// Whether the image was written so lately that its bytes are still in memory: reading them from there is quicker than past it, and
+/// what is then in memory twice is the first to be dropped.
+fn is_fresh(image: &Path) -> bool {
+    let written = std::fs::metadata(image).and_then(|file| file.modified());
+    written.is_ok_and(|at| at.elapsed().is_ok_and(|age| age < FRESH))
 }
 
 fn mount_image(image: &Path, way: Way) -> io::Result<DetachedErofs> {

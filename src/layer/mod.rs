@@ -182,6 +182,15 @@ impl LayerStore {
         remove_file(&self.new_mark(serial))
     }
 
+    /// Gives a recorded layer image, whose file was lost, the file of another that has the same bytes.
+    pub fn replace(&self, lost: u64, with: u64) -> Result<(), LayerError> {
+        let (image, other) = (self.image(lost), self.image(with));
+        std::fs::rename(&other, &image).map_err(|error| LayerError::at(&other, error))?;
+        File::open(&self.files)
+            .and_then(|dir| dir.sync_all())
+            .map_err(|error| LayerError::at(&self.files, error))
+    }
+
     /// Whether there is a layer image that was recorded, be it in records that are lost.
     pub fn was_recorded(&self, serial: u64) -> bool {
         self.is_complete(serial) && !self.new_mark(serial).exists()
@@ -229,13 +238,20 @@ impl LayerStore {
         space::space(&self.files)
     }
 
-    /// Attaches a complete layer image; harmless when it is attached.
+    /// Attaches a layer image all of whose bytes are here, durable or not; harmless when it is attached.
     pub fn attach(&self, serial: u64) -> Result<(), LayerError> {
-        let image = self.image(serial);
+        let (image, part, point) = (self.image(serial), self.part(serial), self.attacher.point(serial));
+        if !image.exists() && part.exists() {
+            match self.attacher.attach(&part, &point) {
+                // Made durable, and so renamed, between the two.
+                Err(_) if image.exists() => {}
+                attached => return Ok(attached?),
+            }
+        }
         if !image.exists() {
             return Err(LayerError::Missing(image));
         }
-        Ok(self.attacher.attach(&image, &self.attacher.point(serial))?)
+        Ok(self.attacher.attach(&image, &point)?)
     }
 
     /// Takes a layer image away from its attach point; harmless when it is not there. What is mounted on top of it keeps it.
@@ -250,7 +266,7 @@ impl LayerStore {
 
     /// Detaches a layer image and removes its files; succeeds when there is nothing.
     pub fn remove(&self, serial: u64) -> Result<(), LayerError> {
-        if self.is_complete(serial) {
+        if self.is_complete(serial) || self.part(serial).exists() {
             self.detach(serial)?;
         }
         let files = [self.image(serial), self.part(serial), self.index(serial), self.new_mark(serial)];

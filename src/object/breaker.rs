@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn rests_no_longer_than_a_minute() {
+    async fn rests_no_longer_than_half_a_minute() {
         let breaker = Breaker::new();
         fail(&breaker, FAILURES);
         for _ in 0..8 {

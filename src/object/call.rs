@@ -35,7 +35,7 @@ pub(super) enum Lane {
 /// What a caller does when the store is known not to answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Patience {
-    /// It has something else to do: tell it at once.
+    /// It has something else to do: tell it at once, or when the probe that is under way has ended.
     None,
     /// It needs the object: wait for the store until the time is over.
     UntilDeadline,

@@ -255,6 +255,14 @@ impl Applier {
             now: Timestamp::now(),
         };
         let layer = self.meta.applied(job.record.info.name.clone(), LayerChoice::New(new)).await?;
+        if layer.id != id && !layers.store.is_complete(layer.id.serial) {
+            tracing::warn!(
+                serial = layer.id.serial,
+                "the file of a layer image was missing; it is here again"
+            );
+            let (store, lost) = (Arc::clone(&layers.store), layer.id.serial);
+            blocking(move || store.replace(lost, id.serial)).await?;
+        }
         if layer.id == id {
             let store = Arc::clone(&layers.store);
             if let Err(error) = blocking(move || store.unmark_new(id.serial)).await {

@@ -34,6 +34,9 @@ pub(super) enum BlobError {
     /// It is not a layer that can be made into an image.
     #[error("no layer image can be made of its blob: {0}")]
     Unusable(#[source] ImageError),
+    /// It cannot be read now.
+    #[error("its blob cannot be read from containerd: {0}")]
+    Unread(#[source] std::io::Error),
     /// Its snapshot was removed before it was published.
     #[error("its snapshot was removed before it was published")]
     Removed,
@@ -123,7 +126,11 @@ pub(super) async fn image_of(
                 .map_err(BlobError::Unusable)?;
             let source = Source { blob: source, compression };
             let built = image::build(source, &file, &below, &limits, &|| cancel.is_cancelled());
-            built.map_err(BlobError::Unusable)
+            built.map_err(|error| match error {
+                ImageError::Write(error) => LayerError::at(&path, error).into(),
+                ImageError::Read(error) => BlobError::Unread(error),
+                error => BlobError::Unusable(error),
+            })
         });
         let facts = match made {
             Ok(facts) => facts,

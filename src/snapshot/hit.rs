@@ -5,8 +5,8 @@
 //!
 //! **Invariants.** containerd holds a lock during Prepare that its collector waits for, so nothing is awaited here but the ref,
 //! the index and the metadata, within a deadline; data is fetched in the background and awaited in Mounts. A hit is answered
-//! only if every chunk is known to be on this node or in the store. Every failure is a miss: the layer is then pulled as with
-//! any snapshotter.
+//! only if no chunk is found to be missing, of all that could be asked for in a second. Every failure is a miss: the layer is
+//! then pulled as with any snapshotter.
 //!
 //! **When it fails.** After a deadline that passed, the store is left alone for a while, so that an ordinary pull is delayed by one
 //! time-out, not by one for each layer.
@@ -34,13 +34,16 @@ use crate::oci::ChainId;
 
 /// Layers with less data than this are fetched whole before they are answered.
 const SMALL: u64 = 4 * 1024 * 1024;
+/// How long the store is asked whether it has the chunks: a gateway answers some 1000 such requests a second, and layers of 1 GB
+/// have 4000 chunks. A ref is written after its chunks, so this only finds damage.
+const CHECK: Duration = Duration::from_secs(1);
 /// How long the store is left alone after a deadline has passed.
 const REST: Duration = Duration::from_secs(30);
 /// How long a Prepare may still take once containerd's collector waits for it.
 const HURRY: Duration = Duration::from_millis(600);
 
 /// What a lookup can come to, in one word.
-const OUTCOMES: [&str; 12] = [
+const OUTCOMES: [&str; 14] = [
     "hit",
     "hit_local",
     "missing",
@@ -48,6 +51,8 @@ const OUTCOMES: [&str; 12] = [
     "resting",
     "hurried",
     "detached",
+    "broken",
+    "other_index",
     "untrusted",
     "incomplete",
     "damaged",
@@ -77,6 +82,12 @@ pub(super) enum HitError {
     Late(Duration),
     #[error("the store was late a moment ago and is left alone for a while")]
     Resting,
+    #[error("its data could not be fetched not long ago")]
+    Broken,
+    #[error(
+        "this node has the layer by another publisher's index; it can be taken when that is unused and gone"
+    )]
+    OtherIndex,
     #[error("it was asked for without the layers below it")]
     Detached,
     #[error("containerd wants to collect: no more time for the store")]
@@ -91,6 +102,8 @@ impl HitError {
             HitError::Resting => "resting",
             HitError::Hurried => "hurried",
             HitError::Detached => "detached",
+            HitError::Broken => "broken",
+            HitError::OtherIndex => "other_index",
             HitError::Untrusted(..) => "untrusted",
             HitError::Incomplete { .. } => "incomplete",
             HitError::Metadata(_)
@@ -110,7 +123,9 @@ impl HitError {
     fn is_outage(&self) -> bool {
         match self {
             HitError::Late(_) => true,
-            HitError::Content(error) => error.is_outage(),
+            HitError::Content(error) | HitError::Layer(LayerError::Chunk { source: error, .. }) => {
+                error.is_outage()
+            }
             _ => false,
         }
     }
@@ -176,6 +191,15 @@ impl Hits {
         self.hurry.send_replace(Some(Instant::now() + HURRY));
     }
 
+    /// Ends when whoever began then has no more time, because containerd's collector waits for it.
+    pub(super) async fn hurried(&self, began: Instant) {
+        let mut hurry = self.hurry.subscribe();
+        // Also for one that began when the news was just there: the collector may still be waiting.
+        let soon = |until: &Option<Instant>| until.is_some_and(|until| began < until);
+        let until = hurry.wait_for(soon).await.map_or(None, |until| *until);
+        tokio::time::sleep_until(until.unwrap_or(began)).await;
+    }
+
     /// What came of the last lookup of this chain.
     pub(super) fn answer(&self, chain: &ChainId) -> Option<String> {
         self.answers.lock().by_chain.get(chain).cloned()
@@ -214,17 +238,10 @@ impl Hits {
             return Err(HitError::Resting);
         }
         let (reserved, began) = (Mutex::new(None), Instant::now());
-        let mut hurry = self.hurry.subscribe();
-        let hurried = async {
-            // Also one that began when the news was just there: the collector may still be waiting.
-            let soon = |until: &Option<Instant>| until.is_some_and(|until| began < until);
-            let until = hurry.wait_for(soon).await.map_or(None, |until| *until);
-            tokio::time::sleep_until(until.unwrap_or(began)).await;
-        };
         let found = tokio::select! {
             found = self.look_up(chain, first, &reserved) => found,
             () = tokio::time::sleep(self.deadline) => Err(HitError::Late(self.deadline)),
-            () = hurried => Err(HitError::Hurried),
+            () = self.hurried(began) => Err(HitError::Hurried),
         };
         if found.as_ref().is_err_and(HitError::is_outage) {
             *self.rest_until.lock() = Some(Instant::now() + REST);
@@ -255,12 +272,21 @@ impl Hits {
         if first && index.facts().diff_id.0 != chain.0 {
             return Err(HitError::Detached);
         }
+        if self.layers.is_broken(&digest) {
+            return Err(HitError::Broken);
+        }
         for origin in [Origin::Applied, Origin::Fetched] {
             if let Some(layer) = self.meta.layer_of(index.facts(), origin)
                 && self.is_usable(&layer, digest)
             {
                 return Ok(Some(Hit { layer: LayerChoice::Known(layer.id), reserved: None }));
             }
+        }
+        // One record for a layer: whoever uses it gets what was checked under its index.
+        let other =
+            self.meta.layer_of(index.facts(), Origin::Fetched).filter(|layer| layer.index != Some(digest));
+        if other.is_some() {
+            return Err(HitError::OtherIndex);
         }
         let ids = self.meta.reserve(1).await?;
         let Some(id) = ids.first().copied() else { return Err(SnapshotError::ShuttingDown.into()) };
@@ -315,7 +341,7 @@ impl Hits {
             .map(|(_, chunk)| chunk)
             .filter(|chunk| !self.layers.has_chunk(&chunk.id))
             .collect();
-        let missing = self.content.missing(wanted).await?;
+        let missing = self.content.missing(wanted, CHECK).await?;
         match missing.first() {
             None => Ok(()),
             Some(first) => Err(HitError::Incomplete { missing: missing.len(), first: first.id }),
@@ -335,7 +361,9 @@ impl Hits {
         }
         let layer = used.and_then(|serial| self.meta.layer(serial));
         if let Some(layer) = layer.filter(|layer| layer.progress == Progress::Filling) {
-            let start = if hit.reserved == Some(layer.id) { Start::Empty } else { Start::Resumed };
+            // A small layer's data was fetched with its metadata: it is only hashed again.
+            let is_empty = hit.reserved == Some(layer.id) && layer.facts.bytes >= SMALL;
+            let start = if is_empty { Start::Empty } else { Start::Resumed };
             drop(self.layers.fill(layer.id.serial, start));
         }
         record

@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -40,6 +41,11 @@ const ATTEMPTS: u32 = 3;
 /// How long a fill waits before it is tried again; doubled each time.
 const PAUSE: Duration = Duration::from_millis(500);
 
+/// How long a layer whose data could not be fetched is pulled instead.
+const BROKEN: Duration = Duration::from_secs(3600);
+/// How many of these are remembered.
+const MOST_BROKEN: usize = 4096;
+
 /// See the module's page.
 #[derive(Debug)]
 pub struct Layers {
@@ -49,6 +55,8 @@ pub struct Layers {
     local: Arc<LocalChunks>,
     content: Option<Arc<ContentStore>>,
     fills: Mutex<HashMap<u64, Arc<Fill>>>,
+    /// Layer indexes whose data could not be fetched, and when.
+    broken: Mutex<HashMap<[u8; 32], Instant>>,
     attach_locks: KeyedLocks<u64>,
     attached: Mutex<HashSet<u64>>,
     filled: Filled,
@@ -89,6 +97,8 @@ pub struct Fill {
 #[derive(Debug, Clone)]
 enum State {
     Running,
+    /// All bytes are here and checked, but not durable yet.
+    Usable,
     Done,
     Failed(Arc<str>),
 }
@@ -127,6 +137,7 @@ impl Layers {
             local: Arc::default(),
             content,
             fills: Mutex::default(),
+            broken: Mutex::default(),
             attach_locks: KeyedLocks::default(),
             attached: Mutex::default(),
             filled: Filled::default(),
@@ -143,6 +154,8 @@ impl Layers {
         blocking(move || {
             *this.attached.lock() = this.store.attached()?.into_iter().collect();
             for layer in known.iter().filter(|layer| layer.progress == Progress::Complete) {
+                // A crash may have left it. Beside lost records it would say that the image never was in any.
+                this.store.unmark_new(layer.id.serial)?;
                 if !this.store.is_complete(layer.id.serial) {
                     tracing::error!(
                         serial = layer.id.serial, diff_id = %layer.facts.diff_id,
@@ -210,7 +223,7 @@ impl Layers {
     async fn run_fill(&self, serial: u64, mut start: Start, fill: &Fill) {
         let mut pause = PAUSE;
         for attempt in 1..=ATTEMPTS {
-            match self.try_fill(serial, start, &fill.progress).await {
+            match self.try_fill(serial, start, fill).await {
                 Ok(()) => {
                     self.count(&fill.progress);
                     self.filled.done.fetch_add(1, Ordering::Relaxed);
@@ -223,6 +236,7 @@ impl Layers {
                     self.count(&fill.progress);
                     self.filled.failed.fetch_add(1, Ordering::Relaxed);
                     tracing::error!(serial, error = text, "a layer cannot be fetched from the store");
+                    self.keep_broken(serial);
                     fill.state.send_replace(State::Failed(text.into()));
                     return;
                 }
@@ -234,7 +248,22 @@ impl Layers {
         }
     }
 
-    async fn try_fill(&self, serial: u64, start: Start, progress: &FillProgress) -> Result<(), FillError> {
+    fn keep_broken(&self, serial: u64) {
+        let Some(index) = self.meta.layer(serial).and_then(|layer| layer.index) else { return };
+        let mut broken = self.broken.lock();
+        broken.retain(|_, since| since.elapsed() < BROKEN);
+        if broken.len() < MOST_BROKEN {
+            broken.insert(index, Instant::now());
+        }
+    }
+
+    /// Whether the data of this layer index could not be fetched not long ago: what promises it again ends in a container that does
+    /// not start.
+    pub(super) fn is_broken(&self, index: &[u8; 32]) -> bool {
+        self.broken.lock().get(index).is_some_and(|since| since.elapsed() < BROKEN)
+    }
+
+    async fn try_fill(&self, serial: u64, start: Start, fill: &Fill) -> Result<(), FillError> {
         let content = self.content.as_ref().ok_or(FillError::NoStore)?;
         let Some(layer) = self.meta.layer(serial) else {
             return Err(SnapshotError::LayerGone { serial }.into());
@@ -255,14 +284,18 @@ impl Layers {
                 Start::Empty => index.data_chunks().collect(),
                 Start::Resumed => index.chunks().collect(),
             };
-            let target = Target { file: &file, path: &path, start, progress };
+            let target = Target { file: &file, path: &path, start, progress: &fill.progress };
             self.filler(content).fill(&index, chunks, target).await?;
+            // Checked bytes in the page cache are as good as any for a container that starts now: only the record, which says that
+            // nothing need be hashed after a crash, waits for the disk.
+            fill.state.send_replace(State::Usable);
             let store = Arc::clone(&self.store);
             blocking(move || store.complete(serial, &file)).await?;
         }
         self.local.add(serial, &index);
         let bytes = |counted: &AtomicU64| counted.load(Ordering::Relaxed);
-        self.meta.completed(serial, bytes(&progress.fetched), bytes(&progress.shared)).await?;
+        let (fetched, shared) = (bytes(&fill.progress.fetched), bytes(&fill.progress.shared));
+        self.meta.completed(serial, fetched, shared).await?;
         Ok(())
     }
 
@@ -301,16 +334,28 @@ impl Layers {
 
     /// Waits until all of them are complete, then attaches them. Every failure names the layer.
     pub async fn ready(self: &Arc<Self>, layers: &[Id]) -> Result<(), SnapshotError> {
-        for id in layers {
-            self.wait(id.serial).await?;
-        }
+        self.filled(layers).await?;
         self.attach(layers).await
     }
 
-    /// Whether all of them are complete.
-    pub fn are_complete(&self, layers: &[Id]) -> bool {
+    /// Waits until all of them are complete.
+    pub(super) async fn filled(self: &Arc<Self>, layers: &[Id]) -> Result<(), SnapshotError> {
+        for id in layers {
+            self.wait(id.serial).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether all of them can be attached.
+    pub fn are_usable(&self, layers: &[Id]) -> bool {
         let complete = |id: &Id| self.meta.layer(id.serial).is_some_and(|l| l.progress == Progress::Complete);
-        layers.iter().all(complete)
+        let usable = |id: &Id| {
+            self.fills
+                .lock()
+                .get(&id.serial)
+                .is_some_and(|fill| matches!(*fill.state.borrow(), State::Usable))
+        };
+        layers.iter().all(|id| complete(id) || usable(id))
     }
 
     async fn wait(self: &Arc<Self>, serial: u64) -> Result<(), SnapshotError> {
@@ -327,7 +372,7 @@ impl Layers {
                 layer: layer.facts.diff_id.to_string(),
                 problem: problem.to_string(),
             }),
-            State::Running | State::Done => Ok(()),
+            State::Running | State::Usable | State::Done => Ok(()),
         }
     }
 

@@ -219,6 +219,7 @@ impl Names {
         let listed = self.images().await?;
         self.state.lock().images.retain(|reference, _| listed.contains_key(reference));
         let here = self.here();
+        let mut outages = 0;
         for (reference, (namespace, image)) in listed {
             let known = self.state.lock().images.get(&reference).cloned();
             let known = known.filter(|known| known.target == image.target.digest);
@@ -231,7 +232,7 @@ impl Names {
                 Ok(name) => (Some(name.clone()), self.name(&name, &here).await),
                 Err(came) => (None, Ok(came)),
             };
-            let outage = came.as_ref().is_err_and(is_outage);
+            outages = if came.as_ref().is_err_and(is_outage) { outages + 1 } else { 0 };
             let came = came.unwrap_or_else(|error| {
                 tracing::warn!(image = %reference, %error, "cannot write the name of an image yet");
                 Came::Failed(error.to_string())
@@ -239,7 +240,8 @@ impl Names {
             let mut state = self.state.lock();
             state.failures += u64::from(matches!(came, Came::Failed(_)));
             state.images.insert(reference, Known { target: image.target.digest, name, came });
-            if outage {
+            // One alone may be an object that the store cannot give.
+            if outages == 2 {
                 break;
             }
         }

@@ -57,6 +57,16 @@ enum PublishError {
 }
 
 impl PublishError {
+    /// Whether trying again is of no use after so many attempts.
+    fn is_final(&self, attempts: u32) -> bool {
+        match self {
+            PublishError::Blob(error) => error.is_final() && attempts >= PATIENCE,
+            // Too large for an index, say: it always will be.
+            PublishError::Content(ContentError::Index(_)) => true,
+            PublishError::Content(_) | PublishError::Snapshot(_) => false,
+        }
+    }
+
     fn is_outage(&self) -> bool {
         matches!(self, PublishError::Content(error) if error.is_outage())
     }
@@ -248,7 +258,7 @@ impl Publisher {
                 self.names.published(&chain);
                 recorded
             }
-            Err(PublishError::Blob(error)) if error.is_final() && entry.attempts >= PATIENCE => {
+            Err(error) if error.is_final(entry.attempts) => {
                 tracing::warn!(%chain, %error, "a layer is not published");
                 self.release_blob(&entry).await;
                 let dropped = Some(error.to_string());

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::apply::{Applied, Applier, ApplyRequest};
@@ -43,6 +44,9 @@ const WALKS: usize = 4;
 
 /// The first containerd that takes read-only mounts for a layer which need not be fetched; older ones write into them.
 const STAGED_SINCE: (u32, u32) = (2, 4);
+
+/// How long a view waits for data that is still being fetched.
+const VIEW_WAIT: Duration = Duration::from_secs(60);
 
 /// Whose pulled layers may answer a Prepare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -204,6 +208,7 @@ impl Snapshotter {
         labels: Labels,
     ) -> Result<Vec<Mount>, SnapshotError> {
         self.check_new(&key, parent.as_ref(), &labels)?;
+        self.wait_for_view(parent.as_ref()).await?;
         self.create(key, parent, Kind::View, labels).await
     }
 
@@ -440,7 +445,7 @@ impl Snapshotter {
     /// is awaited here: the answer's lowerdirs do not exist then, and a mount of them fails.
     async fn attach_early(&self, record: &Record, stack: &Stack) {
         let Some(layers) = self.remote.layers.as_ref().filter(|_| !stack.layers.is_empty()) else { return };
-        let attached = match layers.are_complete(&stack.layers) {
+        let attached = match layers.are_usable(&stack.layers) {
             true => layers.ready(&stack.layers).await,
             // Another differ reads the attributes of directories from what lies below.
             false if record.info.labels.contains_key(remote::LABEL_REF) => {
@@ -452,6 +457,31 @@ impl Snapshotter {
         if let Err(error) = attached {
             tracing::warn!(key = %record.info.name, %error, "the layers below a new snapshot are not attached yet");
         }
+    }
+
+    /// Who asks for a view mounts what it answers: nerdctl looks into an image so before it runs it, and nobody asks Mounts. So the
+    /// data that is still on its way is awaited here. containerd's collector has to wait as well if it comes now, and everybody
+    /// behind it, so there is a little time only from then on.
+    async fn wait_for_view(&self, parent: Option<&Key>) -> Result<(), SnapshotError> {
+        let (Some(layers), Some(parent)) = (&self.remote.layers, parent) else { return Ok(()) };
+        let below = self.meta.stack_with(parent).unwrap_or_default();
+        let began = Instant::now();
+        let collected = async {
+            match &self.hits {
+                Some(hits) => hits.hurried(began).await,
+                None => std::future::pending().await,
+            }
+            tokio::time::sleep(self.policy.lookup_deadline).await;
+        };
+        tokio::select! {
+            filled = layers.filled(&below.layers) => return filled,
+            () = collected => {}
+            () = tokio::time::sleep(VIEW_WAIT) => {}
+        }
+        Err(SnapshotError::LayerUnavailable {
+            layer: format!("below {parent}"),
+            problem: format!("still being fetched after {:.1} s; try again", began.elapsed().as_secs_f32()),
+        })
     }
 
     async fn make_storage(

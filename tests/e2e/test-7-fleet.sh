@@ -732,6 +732,20 @@ test_ceph_osd_dies_while_publishing_and_fetching() {
     "$REPO/contrib/ceph" restart-osd "$W/ceph" 2
 }
 
+test_ceph_view_waits_for_data() {
+    # nerdctl looks into an image through a view, and asks no Mounts for it, when the data may still be on its way.
+    local took
+    ceph_fleet large
+    through_link trusting fresh_b --store "$SPEEDY_STORE"
+    link_post reset "blobs?layers=refuse" "link?mbit=200"
+    took=$(milliseconds on b again_by nerdctl large)
+    link_post "link?mbit=0"
+    printf 'pulled, fetched and run in %d ms\n' "$took"
+    ((took > 2000)) || fail "96 MiB over 200 Mbit/s took $took ms: this test waited for nothing"
+    on b expect_listing nerdctl large
+    expect_no_layers_from_registry large
+}
+
 test_ceph_cluster_stops_and_starts() {
     # While it is down pulls are ordinary and what is new waits in the queue; afterwards everything is as if it had not been.
     ceph_fleet eight

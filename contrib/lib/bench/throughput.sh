@@ -42,20 +42,39 @@ throughput_of() {
     esac
     restart_with "$address" --store "$url"
     cold
-    took=$(timed "$SPEEDY" publish --address "$SPEEDY_ADDRESS" --containerd "$CONTAINERD_ADDRESS" --namespace "$WORLD" "$(image "$2")")
-    plain=$(status_of .publish.bytes)
+    # Of the command's own process: what the daemon does in the background is the same code.
+    took=$(timed peak_of "$W/peak" "$SPEEDY" publish --json --root "$SPEEDY_ROOT" --store "$url" --containerd "$CONTAINERD_ADDRESS" \
+        --namespace "$WORLD" "$(image "$2")")
+    plain=$(jq '[.layers[].bytes] | add' "$W/peak.out")
+    [[ $plain -gt 0 ]] || die "nothing was published: $(cat "$W/peak.out")"
     record "$1" "publish, MB/s" "$((plain / took / 1000))"
-    record "$1" "stored, MB" "$(($(status_of .publish.uploaded) / 1000000))"
-    record "$1" "publisher, MB of memory" "$(peak_memory)"
+    record "$1" "stored, MB" "$(($(jq '[.layers[].uploaded_bytes] | add' "$W/peak.out") / 1000000))"
+    record "$1" "publisher, MB of memory" "$(cat "$W/peak")"
     key=$("$SPEEDY" trust --root "$SPEEDY_ROOT" --address "$SPEEDY_ADDRESS" | grep -oE 'ed25519:[A-Za-z0-9+/=_-]+' | head -n 1)
     SPEEDY_TRUST_KEYS=$key on b restart_with "$address" --store "$url"
     cold
     took=$(on b timed fetch_all "$2")
+    on b all_fetched || die "layers were applied, not fetched"
     record "$1" "fetch, MB/s" "$((plain / took / 1000))"
     record "$1" "fetcher, MB of memory" "$(on b peak_memory)"
     note "round $4: $1: $plain bytes, fetched in $(seconds_of "$took") s"
     on b empty_node
     rm -rf "$W/store-$4"
+}
+
+all_fetched() {
+    "$SPEEDY" layers --json --address "$SPEEDY_ADDRESS" |
+        jq -e '(if type == "object" then .layers else . end) | length > 0 and all(.[]; .origin == "fetched")' >/dev/null
+}
+
+# peak_of FILE COMMAND...: its peak memory in MB to FILE, what it prints to FILE.out.
+peak_of() {
+    python3 -c 'import resource, subprocess, sys
+with open(sys.argv[1] + ".out", "w") as out:
+    code = subprocess.call(sys.argv[2:], stdout=out)
+with open(sys.argv[1], "w") as peak:
+    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1000, file=peak)
+sys.exit(code)' "$@"
 }
 
 fetch_all() {
@@ -76,7 +95,7 @@ limits() {
     make_image "$1"
     (gzip -dc "$(find "$LAYOUT/blobs" -type f -printf '%s %p\n' | sort -rn | head -n 1 | cut -d' ' -f2)" 2>/dev/null || true) | head -c 268435456 >"$sample"
     local level
-    for level in 1 3; do
+    for level in 3 6; do
         read -r ratio < <(zstd -b$level -e$level -i2 -B256KB --single-thread -q "$sample" 2>&1 | tail -n 1 | tr -s ' ')
         record "zstd -$level in 256 KiB pieces, one core" "MB/s" "$(grep -oE '[0-9.]+ MB/s' <<<"$ratio" | sed -n '1s/ .*//p')"
         record "zstd -$level decompressed, one core" "MB/s" "$(grep -oE '[0-9.]+ MB/s' <<<"$ratio" | sed -n '2s/ .*//p')"

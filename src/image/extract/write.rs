@@ -19,6 +19,8 @@ use crate::sys::idmap;
 use crate::sys::tree::TreeError;
 
 const DEFAULT_MODE: u16 = 0o755;
+/// What a path that was made takes in memory, at least.
+const APPLIED: u64 = 16;
 
 pub(super) fn at(path: &[u8], source: io::Error) -> ImageError {
     ImageError::Extract { path: format!("/{}", shown(path)), source }
@@ -265,13 +267,15 @@ impl<'a> Extraction<'a> {
         })
     }
 
+    /// Keeps in mind that this layer made the path.
     fn note(&mut self, path: &[u8]) -> Result<(), ImageError> {
         if self.how.whiteouts == Whiteouts::Overlay {
             return Ok(());
         }
-        let allowed = self.how.limits.entries;
-        if self.applied.len() as u64 >= allowed {
-            return Err(ImageError::limit(Limit::Entries, allowed));
+        // By what it takes, not by the number of entries: this is where layers with too many for an image end up.
+        let allowed = self.how.limits.metadata;
+        if self.applied.len() as u64 * APPLIED >= allowed {
+            return Err(ImageError::limit(Limit::Metadata, allowed));
         }
         self.applied.insert(self.hasher.hash_one(path));
         Ok(())

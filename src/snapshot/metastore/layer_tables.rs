@@ -62,6 +62,10 @@ pub(super) fn claim(
             None => return Err(SnapshotError::LayerGone { serial: id.serial }.into()),
         },
         LayerChoice::New(new) => match find_same(db, &new.facts, new.origin)? {
+            // Recorded meanwhile, from another publisher: not what was checked.
+            Some(layer) if layer.origin == Origin::Fetched && layer.index != new.index => {
+                return Err(SnapshotError::LayerGone { serial: new.id.serial }.into());
+            }
             Some(layer) => layer,
             None => return insert(db, new).map(Some),
         },
