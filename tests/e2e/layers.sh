@@ -47,6 +47,8 @@ layers() { "$SPEEDY" layers --json --address "$SPEEDY_ADDRESS"; }
 
 # layers_where CONDITION: how many layer images are so, in jq's words.
 layers_where() { layers | jq "[(if type == \"object\" then .layers else . end)[] | select($1)] | length"; }
+# all_durable: a layer is mounted when its bytes are here, and recorded as complete when they are on the disk.
+all_durable() { [[ $(layers_where '.state != "complete"') == 0 ]]; }
 no_layers() { [[ $(layers_where true) == 0 && -z $(layer_files) ]]; }
 layer_files() { find "$SPEEDY_ROOT/layer" -type f 2>/dev/null | sort; }
 explain() { "$SPEEDY" explain --json --address "$SPEEDY_ADDRESS" --containerd "$CONTAINERD_ADDRESS" --namespace "$(node_daemon "$WORLD")" "$@"; }

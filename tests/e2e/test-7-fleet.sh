@@ -11,6 +11,7 @@ expect_from_store() {
     link_post reset "blobs?layers=refuse"
     on b expect_listing "$1" "$2"
     expect_no_layers_from_registry "$2 by $1"
+    wait_for 30 "the layers to be durable" on b all_durable
     expect_equal "$3" "$(on b layers_where '.origin == "fetched" and .state == "complete"')" "$2 by $1: layers from the store"
     expect_equal 0 "$(($(on b applies image) + $(on b applies files) + $(on b applies known)))" "$2 by $1: layers that were applied"
     link_post "blobs?layers=allow"
@@ -586,7 +587,7 @@ test_fleet_killed_while_fetching() {
     link_post "blobs?layers=refuse" reset
     on b expect_listing ctr large
     on b expect_listing nerdctl more
-    expect_equal 0 "$(on b layers_where '.state != "complete"')" "layers that are not complete"
+    wait_for 30 "the layers to be durable" on b all_durable
     on b store_is_consistent || fail "node b's store is not consistent"
 }
 
