@@ -5,8 +5,8 @@
 //!
 //! **Invariants.** containerd holds a lock during Prepare that its collector waits for, so nothing is awaited here but the ref,
 //! the index and the metadata, within a deadline; data is fetched in the background and awaited in Mounts. A hit is answered
-//! only if no chunk is found to be missing, of all that could be asked for in a quarter of a second. Every failure is a miss: the layer is
-//! then pulled as with any snapshotter.
+//! only if no chunk is found to be missing, of all that could be asked for in a tenth of a second. Every failure is a miss: the
+//! layer is then pulled as with any snapshotter.
 //!
 //! **When it fails.** After a deadline that passed, the store is left alone for a while, so that an ordinary pull is delayed by one
 //! time-out, not by one for each layer.
@@ -36,7 +36,7 @@ use crate::oci::ChainId;
 const SMALL: u64 = 4 * 1024 * 1024;
 /// How long the store is asked whether it has the chunks: a gateway answers some 1000 such requests a second, which wait for the
 /// data of the layers below, and layers of 1 GB have 4000 chunks. A ref is written after its chunks, so this only finds damage.
-const CHECK: Duration = Duration::from_millis(250);
+const CHECK: Duration = Duration::from_millis(100);
 /// How long the store is left alone after a deadline has passed.
 const REST: Duration = Duration::from_secs(30);
 /// How long a Prepare may still take once containerd's collector waits for it.
