@@ -165,7 +165,12 @@ impl LayerStore {
     pub fn complete(&self, serial: u64, file: &File) -> Result<(), LayerError> {
         let (part, image) = (self.part(serial), self.image(serial));
         file.sync_all().map_err(|error| LayerError::at(&part, error))?;
-        std::fs::rename(&part, &image).map_err(|error| LayerError::at(&part, error))?;
+        self.rename(&part, &image)
+    }
+
+    /// Durable on return.
+    fn rename(&self, from: &Path, to: &Path) -> Result<(), LayerError> {
+        std::fs::rename(from, to).map_err(|error| LayerError::at(from, error))?;
         File::open(&self.files)
             .and_then(|dir| dir.sync_all())
             .map_err(|error| LayerError::at(&self.files, error))
@@ -184,11 +189,7 @@ impl LayerStore {
 
     /// Gives a recorded layer image, whose file was lost, the file of another that has the same bytes.
     pub fn replace(&self, lost: u64, with: u64) -> Result<(), LayerError> {
-        let (image, other) = (self.image(lost), self.image(with));
-        std::fs::rename(&other, &image).map_err(|error| LayerError::at(&other, error))?;
-        File::open(&self.files)
-            .and_then(|dir| dir.sync_all())
-            .map_err(|error| LayerError::at(&self.files, error))
+        self.rename(&self.image(with), &self.image(lost))
     }
 
     /// Whether there is a layer image that was recorded, be it in records that are lost.

@@ -31,7 +31,6 @@ use crate::containerd::manifest::Platform;
 use crate::content::name::ImageName;
 use crate::content::trust::PublicKey;
 use crate::content::{ContentError, ContentStore};
-use crate::object::ObjectError;
 use crate::oci::{ChainId, Digest};
 
 /// The most images that are looked at.
@@ -232,7 +231,7 @@ impl Names {
                 Ok(name) => (Some(name.clone()), self.name(&name, &here).await),
                 Err(came) => (None, Ok(came)),
             };
-            outages = if came.as_ref().is_err_and(is_outage) { outages + 1 } else { 0 };
+            outages = if came.as_ref().is_err_and(ContentError::is_outage) { outages + 1 } else { 0 };
             let came = came.unwrap_or_else(|error| {
                 tracing::warn!(image = %reference, %error, "cannot write the name of an image yet");
                 Came::Failed(error.to_string())
@@ -314,11 +313,6 @@ impl Names {
             Err(error) => Err(error),
         }
     }
-}
-
-/// Whether the next name had better not be tried.
-fn is_outage(error: &ContentError) -> bool {
-    matches!(error, ContentError::TooLate | ContentError::Object(ObjectError::Unreachable(_)))
 }
 
 fn sentence(came: &Came) -> String {

@@ -417,28 +417,34 @@ impl Snapshotter {
     ) -> Result<Vec<Mount>, SnapshotError> {
         let root = mapping::from_labels(&labels)?.map(|mapping| mapping.root);
         let id = self.stock.take().await?;
-        let made = match self.make_storage(id, parent.as_ref(), root).await {
-            Ok(()) => {
-                let now = Timestamp::now();
-                let new = NewSnapshot { id, key, parent, kind, labels, now };
-                self.meta.create(new, LayerChoice::Own).await
+        let new = NewSnapshot { id, key, parent, kind, labels, now: Timestamp::now() };
+        let record = self.record(new, LayerChoice::Own, root).await?;
+        match self.meta.get_with_stack(&record.info.name) {
+            Some((record, stack)) => {
+                self.attach_early(&record, &stack).await;
+                self.mounts_of(&record, &stack)
             }
+            // Removed by somebody else between its record and this line.
+            None => Err(SnapshotError::NotFound { key: record.info.name.clone() }),
+        }
+    }
+
+    /// Makes the storage of an active snapshot or a view, and records it; its Id is given up if that fails.
+    async fn record(
+        &self,
+        new: NewSnapshot,
+        layer: LayerChoice,
+        root: Option<Owner>,
+    ) -> Result<Arc<Record>, SnapshotError> {
+        let id = new.id;
+        let recorded = match self.make_storage(id, new.parent.as_ref(), root).await {
+            Ok(()) => self.meta.create(new, layer).await,
             Err(error) => Err(error),
         };
-        match made {
-            Ok(record) => match self.meta.get_with_stack(&record.info.name) {
-                Some((record, stack)) => {
-                    self.attach_early(&record, &stack).await;
-                    self.mounts_of(&record, &stack)
-                }
-                // Removed by somebody else between its record and this line.
-                None => Err(SnapshotError::NotFound { key: record.info.name.clone() }),
-            },
-            Err(error) => {
-                self.meta.give_up(id).await;
-                Err(error)
-            }
+        if recorded.is_err() {
+            self.meta.give_up(id).await;
         }
+        recorded
     }
 
     /// For a client that mounts what Prepare answers without asking Mounts. What is not complete cannot be attached, and nothing

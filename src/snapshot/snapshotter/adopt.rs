@@ -22,13 +22,7 @@ impl Snapshotter {
         parent: Option<&Key>,
         labels: &Labels,
     ) -> Option<Key> {
-        match self.try_find_layer(request, parent, labels).await {
-            Ok(found) => found,
-            Err(error) => {
-                tracing::warn!(chain = %request.chain, %error, "remote layer not usable; it is pulled instead");
-                None
-            }
-        }
+        or_miss(&request.chain, self.try_find_layer(request, parent, labels).await)
     }
 
     async fn try_find_layer(
@@ -86,13 +80,7 @@ impl Snapshotter {
         if version.is_none_or(|version| version < STAGED_SINCE) {
             return None;
         }
-        match self.try_stage_layer(chain, key, labels).await {
-            Ok(staged) => staged,
-            Err(error) => {
-                tracing::warn!(%chain, %error, "remote layer not usable; it is pulled instead");
-                None
-            }
-        }
+        or_miss(chain, self.try_stage_layer(chain, key, labels).await)
     }
 
     async fn try_stage_layer(
@@ -106,33 +94,16 @@ impl Snapshotter {
         let _held = lock.lock().await;
         let Some(hit) = hits.find(chain, false).await? else { return Ok(None) };
         let created = match self.stock.take().await {
-            Ok(id) => self.create_staged(id, hit.layer.clone(), key, labels).await,
+            Ok(id) => {
+                let (key, labels, now) = (key.clone(), labels.clone(), Timestamp::now());
+                let new = NewSnapshot { id, key, parent: None, kind: Kind::Active, labels, now };
+                self.record(new, hit.layer.clone(), None).await
+            }
             Err(error) => Err(error),
         };
         let record = hits.adopted(hit, created).await?;
         let Some((record, stack)) = self.meta.get_with_stack(&record.info.name) else { return Ok(None) };
         Ok(Some(self.mounts_with(Access::ReadOnly, &record, &stack)?))
-    }
-
-    async fn create_staged(
-        &self,
-        id: Id,
-        layer: LayerChoice,
-        key: &Key,
-        labels: &Labels,
-    ) -> Result<Arc<Record>, SnapshotError> {
-        let made = match self.make_storage(id, None, None).await {
-            Ok(()) => {
-                let (key, labels, now) = (key.clone(), labels.clone(), Timestamp::now());
-                let new = NewSnapshot { id, key, parent: None, kind: Kind::Active, labels, now };
-                self.meta.create(new, layer).await
-            }
-            Err(error) => Err(error),
-        };
-        if made.is_err() {
-            self.meta.give_up(id).await;
-        }
-        made
     }
 
     /// Records the committed snapshot of `id` that answers the request and consists of `layer`, unless another does by now.
@@ -174,6 +145,14 @@ impl Snapshotter {
         let driver = Arc::clone(&self.driver);
         blocking(move || driver.fill(id, &mut |dir| layer.write_to(dir))).await
     }
+}
+
+/// Every failure is a miss.
+fn or_miss<T>(chain: &ChainId, found: Result<Option<T>, LayerError>) -> Option<T> {
+    found.unwrap_or_else(|error| {
+        tracing::warn!(%chain, %error, "remote layer not usable; it is pulled instead");
+        None
+    })
 }
 
 /// Why a remote layer could not be used. Never reaches containerd.
