@@ -211,7 +211,8 @@ on_terminal() {
     local columns=$1
     shift
     export -f publish node_daemon
-    SPEEDY=$SPEEDY SPEEDY_ADDRESS=$SPEEDY_ADDRESS CONTAINERD_ADDRESS=$CONTAINERD_ADDRESS WORLD=$WORLD NODE=$NODE \
+    # script runs $SHELL, or sh where there is none, and dash drops exported functions.
+    SHELL=$BASH SPEEDY=$SPEEDY SPEEDY_ADDRESS=$SPEEDY_ADDRESS CONTAINERD_ADDRESS=$CONTAINERD_ADDRESS WORLD=$WORLD NODE=$NODE \
         script -qec "bash -c 'stty cols $columns rows 24; $(printf '%q ' "$@")'" "$W/typescript" >/dev/null </dev/null
     local status=$?
     # Its first and last lines are script's own.
