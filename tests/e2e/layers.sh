@@ -184,17 +184,22 @@ milliseconds() {
     printf '%d' "$(($(now_ms) - start))"
 }
 
-# --- Ceph -----------------------------------------------------------------------------------------------------------
+# --- a cluster -----------------------------------------------------------------------------------------------------
 
-# ceph_store: a cluster, started at its first use, and the AWS_* variables; $SPEEDY_STORE gets a prefix of its own.
-ceph_store() {
+# cluster COMMAND [OPTION...]: of contrib/ceph or contrib/garage.
+cluster() { "$REPO/contrib/$CLUSTER" "$1" "$W/cluster" "${@:2}"; }
+kill_cluster_node() { cluster "$([[ $CLUSTER == ceph ]] && echo kill-osd || echo kill-node)" "$1"; }
+restart_cluster_node() { cluster "$([[ $CLUSTER == ceph ]] && echo restart-osd || echo restart-node)" "$1"; }
+
+# cluster_store: a cluster, started at its first use, and the AWS_* variables; $SPEEDY_STORE gets a prefix of its own.
+cluster_store() {
     need_speedy
-    [[ -n ${CEPH:-} ]] || skip "no Ceph here; tests/e2e/run --ceph gets it"
-    [[ -e $W/ceph/complete ]] || "$REPO/contrib/ceph" start "$W/ceph" >/dev/null
-    eval "$("$REPO/contrib/ceph" env "$W/ceph")"
-    CEPH_ENDPOINT=${AWS_ENDPOINT_URL#http://}
+    [[ $CLUSTER != none ]] || skip "no cluster; tests/e2e/run --cluster ceph starts one"
+    [[ -e $W/cluster/complete ]] || cluster start >/dev/null
+    eval "$(cluster env)"
+    CLUSTER_ENDPOINT=${AWS_ENDPOINT_URL#http://}
     # A link from before the cluster has no port for it.
-    [[ ! -e $W/link.log || -n $(link_address "$CEPH_ENDPOINT") ]] || daemon_stop link
+    [[ ! -e $W/link.log || -n $(link_address "$CLUSTER_ENDPOINT") ]] || daemon_stop link
     fleet
     SPEEDY_STORE=$SPEEDY_STORE-$RANDOM$RANDOM
 }
@@ -202,7 +207,7 @@ ceph_store() {
 # through_link COMMAND...: what it starts reaches the store through the link.
 through_link() {
     local address
-    address=http://$(link_address "$CEPH_ENDPOINT")
+    address=http://$(link_address "$CLUSTER_ENDPOINT")
     AWS_ENDPOINT_URL=$address AWS_ENDPOINT=$address "$@"
 }
-store_fault() { link_fault "$(link_address "$CEPH_ENDPOINT")" "$@"; }
+store_fault() { link_fault "$(link_address "$CLUSTER_ENDPOINT")" "$@"; }

@@ -629,28 +629,28 @@ test_fleet_removed_leaves_nothing() {
     expect_equal 0 "$(on b loops)" "loop devices of layers"
 }
 
-# --- Ceph -----------------------------------------------------------------------------------------------------------
+# --- a cluster -----------------------------------------------------------------------------------------------------
 
-# ceph_fleet NAME...: both nodes on a new prefix of the cluster, through the link, and the images published.
-ceph_fleet() {
-    ceph_store
+# cluster_fleet NAME...: both nodes on a new prefix of the cluster, through the link, and the images published.
+cluster_fleet() {
+    cluster_store
     through_link fresh_fleet "$SPEEDY_STORE"
     publish_all "$@"
 }
 
-test_ceph_by_every_client() {
+test_cluster_by_every_client() {
     local client
-    ceph_fleet pause more
+    cluster_fleet pause more
     for client in ctr nerdctl crictl; do
         through_link trusting fresh_b --store "$SPEEDY_STORE"
         expect_from_store "$client" more "$([[ $client == crictl ]] && echo 10 || echo 9)"
     done
 }
 
-# ceph_faults FAULT...: with each, the ordinary pull works, one time-out later at most; without, the layers come from the store.
-ceph_faults() {
+# cluster_faults FAULT...: with each, the ordinary pull works, one time-out later at most; without, the layers come from the store.
+cluster_faults() {
     local fault
-    ceph_fleet eight
+    cluster_fleet eight
     measure_ordinary_pull eight
     for fault in "$@"; do
         store_fault none
@@ -667,14 +667,14 @@ ceph_faults() {
     through_link trusting fresh_b --store "$SPEEDY_STORE"
     expect_from_store ctr eight 8
 }
-test_ceph_is_down() { ceph_faults refuse blackhole reset; }
-test_ceph_is_slow() { ceph_faults slow=5s slow=30s stall=200; }
-test_ceph_refuses_and_fails() { ceph_faults status=500 status=503 status=403; }
-test_ceph_cuts_answers_short() { ceph_faults truncate=200 reset=200; }
+test_cluster_is_down() { cluster_faults refuse blackhole reset; }
+test_cluster_is_slow() { cluster_faults slow=5s slow=30s stall=200; }
+test_cluster_refuses_and_fails() { cluster_faults status=500 status=503 status=403; }
+test_cluster_cuts_answers_short() { cluster_faults truncate=200 reset=200; }
 
-test_ceph_answers_are_damaged_on_the_way() {
+test_cluster_answers_are_damaged_on_the_way() {
     # One bit in each longer answer is wrong, for a while: nothing wrong is used, and when it is over the layer is there.
-    ceph_fleet large
+    cluster_fleet large
     measure_ordinary_pull large
     through_link trusting fresh_b --store "$SPEEDY_STORE"
     store_fault flip after=20000
@@ -686,18 +686,18 @@ test_ceph_answers_are_damaged_on_the_way() {
     same_files "$W/expected/large.txt" "$W/got.txt" "after the fault the container sees something else than the image has"
 }
 
-test_ceph_wrong_credentials() {
-    ceph_fleet eight
+test_cluster_wrong_credentials() {
+    cluster_fleet eight
     measure_ordinary_pull eight
     AWS_SECRET_ACCESS_KEY=wrong through_link trusting restart_b --store "$SPEEDY_STORE"
     expect_ordinary_pull eight "a store that refuses the credentials"
     expect_contains "$(on b status_of .store.state; cat "$W/speedy-b.log")" "403" "what is said of the credentials"
 }
 
-test_ceph_removal_during_a_slow_hit() {
+test_cluster_removal_during_a_slow_hit() {
     # containerd's collector waits for every Prepare: a store that answers slowly must not hold up anybody else.
     local took slowest=0 puller round
-    ceph_fleet eight large
+    cluster_fleet eight large
     through_link trusting fresh_b --store "$SPEEDY_STORE"
     on b pull tiny
     store_fault slow wait=2s
@@ -718,26 +718,26 @@ test_ceph_removal_during_a_slow_hit() {
     on b expect_listing ctr eight
 }
 
-test_ceph_osd_dies_while_publishing_and_fetching() {
-    ceph_store
+test_cluster_node_dies_while_publishing_and_fetching() {
+    cluster_store
     through_link fresh_fleet "$SPEEDY_STORE"
     pull large
-    "$REPO/contrib/ceph" kill-osd "$W/ceph" 1
+    kill_cluster_node 1
     wait_published 120
-    "$REPO/contrib/ceph" restart-osd "$W/ceph" 1
+    restart_cluster_node 1
     link_post reset "blobs?layers=refuse" "link?mbit=200"
     on b pull large
-    "$REPO/contrib/ceph" kill-osd "$W/ceph" 2
+    kill_cluster_node 2
     on b again_by ctr large | LC_ALL=C sort >"$W/got.txt"
     same_files "$W/expected/large.txt" "$W/got.txt" "the container sees something else than the image has"
     expect_no_layers_from_registry large
-    "$REPO/contrib/ceph" restart-osd "$W/ceph" 2
+    restart_cluster_node 2
 }
 
-test_ceph_view_waits_for_data() {
+test_cluster_view_waits_for_data() {
     # nerdctl looks into an image through a view, and asks no Mounts for it, when the data may still be on its way.
     local took
-    ceph_fleet large
+    cluster_fleet large
     through_link trusting fresh_b --store "$SPEEDY_STORE"
     link_post reset "blobs?layers=refuse" "link?mbit=200"
     took=$(milliseconds on b again_by nerdctl large)
@@ -748,25 +748,25 @@ test_ceph_view_waits_for_data() {
     expect_no_layers_from_registry large
 }
 
-test_ceph_cluster_stops_and_starts() {
+test_cluster_stops_and_starts() {
     # While it is down pulls are ordinary and what is new waits in the queue; afterwards everything is as if it had not been.
-    ceph_fleet eight
+    cluster_fleet eight
     measure_ordinary_pull eight
     through_link trusting restart_b --store "$SPEEDY_STORE"
-    "$REPO/contrib/ceph" stop-all "$W/ceph"
+    cluster stop-all
     expect_ordinary_pull eight "a cluster that is down"
     pull more
     (($(status_of .publish.pending) > 0)) || fail "nothing is in the queue, although the cluster is down"
-    "$REPO/contrib/ceph" start-all "$W/ceph" >/dev/null
+    cluster start-all >/dev/null
     wait_published 120
     through_link trusting fresh_b --store "$SPEEDY_STORE"
     expect_from_store ctr more 9
 }
 
-test_ceph_read_only_credentials() {
+test_cluster_read_only_credentials() {
     # A node that only reads needs no right to write.
-    ceph_fleet eight
-    eval "$("$REPO/contrib/ceph" env "$W/ceph" --reader | grep KEY)"
+    cluster_fleet eight
+    eval "$(cluster env --reader | grep KEY)"
     SPEEDY_PUBLISH_POLICY=off through_link trusting fresh_b --store "$SPEEDY_STORE"
     expect_from_store ctr eight 8
 }
@@ -779,6 +779,6 @@ test_fleet_ends() {
         on b node_remove
         daemon_stop link
     fi
-    if [[ -e $W/ceph/complete ]]; then "$REPO/contrib/ceph" stop "$W/ceph"; fi
+    if [[ -e $W/cluster/complete ]]; then cluster stop; fi
     fresh_speedy
 }
