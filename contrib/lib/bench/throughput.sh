@@ -33,7 +33,7 @@ bench_throughput() {
 
 # throughput_of STORE NAME ENDPOINT ROUND
 throughput_of() {
-    local url took plain key address=$AWS_ENDPOINT_URL
+    local url took plain key before busy address=$AWS_ENDPOINT_URL
     link_post "link?mbit=0&delay=0"
     case $1 in
         directory) url=file://$W/store-$4; mkdir -p "$W/store-$4" ;;
@@ -53,14 +53,30 @@ throughput_of() {
     key=$("$SPEEDY" trust --root "$SPEEDY_ROOT" --address "$SPEEDY_ADDRESS" | grep -oE 'ed25519:[A-Za-z0-9+/=_-]+' | head -n 1)
     SPEEDY_TRUST_KEYS=$key on b restart_with "$address" --store "$url"
     cold
+    before=$(processor_time)
     took=$(on b timed fetch_all "$2")
+    busy=$(busy_since "$before")
     on b all_fetched || die "layers were applied, not fetched"
     record "$1" "fetch, MB/s" "$((plain / took / 1000))"
+    record "$1" "processors busy in the fetch, %" "$busy"
     record "$1" "fetcher, MB of memory" "$(on b peak_memory)"
     note "round $4: $1: $plain bytes, fetched in $(seconds_of "$took") s"
     on b empty_node
-    rm -rf "$W/store-$4"
+    case $1 in
+        directory) rm -rf "$W/store-$4" ;;
+        # The cluster has room for little more than two of them.
+        ceph) clear_store "$url" ;;
+        # The last one is a limit's.
+        link) PLAIN=$plain; (($4 == ROUNDS)) || clear_store "$url" ;;
+    esac
 }
+
+# processor_time: of all processors since the machine started, in ticks: not idle, and altogether.
+processor_time() { awk '$1 == "cpu" { all = 0; for (n = 2; n <= 9; n++) all += $n; print all - $5 - $6, all }' /proc/stat; }
+# busy_since WHAT-PROCESSOR_TIME-SAID: percent of all processors.
+busy_since() { awk -v before="$1" '{ split(before, b); printf "%d", 100 * ($1 - b[1]) / ($2 - b[2]) }' <<<"$(processor_time)"; }
+
+clear_store() { timed python3 "$REPO/contrib/lib/s3.py" rm-all "$1/" >/dev/null; }
 
 all_fetched() {
     "$SPEEDY" layers --json --address "$SPEEDY_ADDRESS" |
@@ -108,8 +124,48 @@ limits() {
     cold
     record "disk, read" "MB/s" "$((1073741824 / $(timed dd if="$W/zeros" of=/dev/null bs=4M) / 1000))"
     rm "$W/zeros" "$sample"
+    same_objects "$2"
     python3 "$REPO/contrib/lib/s3.py" speed "s3://${SPEEDY_STORE#s3://}-speed" >"$W/speed"
     record "Ceph, 8 puts of 1 MiB at once (stored bytes)" "MB/s" "$(cut -d' ' -f1 "$W/speed")"
     record "Ceph, 8 gets of 1 MiB at once (stored bytes)" "MB/s" "$(cut -d' ' -f2 "$W/speed")"
     record "link (stored bytes)" "MB/s" "$((MBIT / 8))"
+}
+
+# same_objects ENDPOINT: what the gateway gives for the very chunks that a fetch takes, as many requests at once as it has threads,
+# to a client that checks and writes nothing; directly and through the link.
+same_objects() {
+    local url=$SPEEDY_STORE-link-$ROUNDS way row address stored took turn before
+    link_post "link?mbit=$MBIT&delay=$DELAY"
+    python3 "$REPO/contrib/lib/s3.py" ls "$url/chunks/" >"$W/chunks"
+    stored=$(awk '{ sum += $1 } END { print sum }' "$W/chunks")
+    for turn in 1 2 3; do
+        for way in Ceph link; do
+            address=$1
+            [[ $way == Ceph ]] || address=$(link_address "$1")
+            (umask 077 && curl_list "http://$address" <"$W/chunks" >"$W/curl")
+            row="$way, the same objects by curl, nothing checked or written"
+            cold
+            before=$(processor_time)
+            took=$(timed take_all "$stored")
+            record "$row, plain bytes" "processors busy, %" "$(busy_since "$before")"
+            record "$row, stored bytes" "MB/s" "$((stored / took / 1000))"
+            record "$row, plain bytes" "MB/s" "$((PLAIN / took / 1000))"
+            note "turn $turn: $way: $stored bytes in $(wc -l <"$W/chunks") objects by curl in $(seconds_of "$took") s"
+        done
+    done
+    rm "$W/curl"
+}
+
+# curl_list ADDRESS: a configuration of curl, which keeps the key off the command line. This curl signs no hash of the body by itself.
+curl_list() {
+    printf 'user = "%s:%s"\naws-sigv4 = "aws:amz:%s:s3"\nheader = "x-amz-content-sha256: UNSIGNED-PAYLOAD"\n' \
+        "$AWS_ACCESS_KEY_ID" "$AWS_SECRET_ACCESS_KEY" "$AWS_REGION"
+    awk -F '\t' -v at="$1/$(cut -d/ -f3 <<<"$SPEEDY_STORE")" '{ printf "url = \"%s/%s\"\noutput = \"/dev/null\"\n", at, $2 }'
+}
+
+# take_all BYTES: must be so many.
+take_all() {
+    local got
+    got=$(curl -sSf -Z --parallel-max 64 -K "$W/curl" -w '%{size_download}\n' 2>>"$W/commands.log" | awk '{ sum += $1 } END { print sum }')
+    [[ $got == "$1" ]] || die "curl took $got bytes of $1"
 }
