@@ -120,7 +120,7 @@ limits() {
         record "BLAKE3, one core" "MB/s" "$((268435456 / $(timed b3sum --num-threads 1 "$sample") / 1000))"
     fi
     record "SHA-256 (openssl), one core" "MB/s" "$((268435456 / $(timed openssl dgst -sha256 "$sample") / 1000))"
-    record "disk, written and synced" "MB/s" "$((1073741824 / $(timed dd if=/dev/zero of="$W/zeros" bs=4M count=256 conv=fdatasync) / 1000))"
+    record "disk, written by dd and synced" "MB/s" "$((1073741824 / $(timed dd if=/dev/zero of="$W/zeros" bs=4M count=256 conv=fdatasync) / 1000))"
     cold
     record "disk, read" "MB/s" "$((1073741824 / $(timed dd if="$W/zeros" of=/dev/null bs=4M) / 1000))"
     rm "$W/zeros" "$sample"
