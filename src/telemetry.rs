@@ -53,6 +53,8 @@ pub fn init_logs(level: &str, format: LogFormat) -> Result<(), TelemetryError> {
         LogFormat::Auto => std::io::stderr().is_terminal(),
     };
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Where standard error is a pipe that nobody reads any more, the report of that would itself fail, and end us.
+    let logs = logs.log_internal_errors(false);
     let started = match human {
         true => logs.with_target(false).with_ansi(std::io::stderr().is_terminal()).try_init(),
         false => logs.json().flatten_event(true).with_current_span(true).with_span_list(false).try_init(),
