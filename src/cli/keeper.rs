@@ -12,6 +12,7 @@ use crate::config::Effective;
 use crate::keeper::process::{self, Options, ProcessError, Stay};
 use crate::keeper::protocol::LONGEST_DEAD_MAN;
 use crate::sys::limits;
+use crate::sys::terminal::HastyStderr;
 use crate::telemetry;
 
 /// The exit code for what another try would not change (`EX_CONFIG` of sysexits.h); the unit does not restart after it.
@@ -54,7 +55,9 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         }
         Err(error) => return Err(error),
     };
-    telemetry::init_logs(config.log.level.as_str(), log_format(config.log.format))?;
+    // Nobody who reads the log may keep a daemon from its descriptors.
+    let format = log_format(config.log.format);
+    telemetry::init_logs_through(config.log.level.as_str(), format, || HastyStderr)?;
     limits::private_files();
     let ended = process::run(Options {
         socket: config.keeper,

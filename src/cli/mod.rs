@@ -264,7 +264,8 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     io.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-#[expect(clippy::print_stderr, reason = "before logs exist, and for verbs without logs")]
+/// Before logs exist, and for verbs without logs. Where nobody reads standard error, that is no reason to end.
 fn warn(problem: &impl std::fmt::Display) {
-    eprintln!("speedy: warning: {problem}");
+    use std::io::Write;
+    writeln!(std::io::stderr(), "speedy: warning: {problem}").unwrap_or_default();
 }

@@ -333,10 +333,11 @@ impl Keeper {
             Err(PassError::Closed | PassError::Io(_)) => return self.close(serial),
             Err(problem @ (PassError::TooLong(_) | PassError::TooManyDescriptors)) => problem.to_string(),
         };
+        let refused = Answer::refused(Refusal::BadRequest, &problem);
         if !std::mem::replace(&mut connection.blamed, true) {
-            tracing::warn!(%problem, "a message was refused");
+            tracing::warn!(answer = ?refused, "a message was refused");
         }
-        self.reply(serial, &Answer::refused(Refusal::BadRequest, &problem), None);
+        self.reply(serial, &refused, None);
     }
 
     fn obey(&mut self, serial: u64, request: Request, descriptors: Vec<OwnedFd>) {

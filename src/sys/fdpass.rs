@@ -434,6 +434,14 @@ mod tests {
         assert!(!path.exists());
     }
 
+    #[test]
+    fn root_and_our_own_user_are_trusted_and_nobody_else() {
+        let ours = rustix::process::geteuid().as_raw();
+        for (uid, trusted) in [(0, true), (ours, true), (ours + 12_345, false), (u32::MAX, false)] {
+            assert_eq!(Peer { pid: 1, uid }.is_trusted(), trusted, "{uid}");
+        }
+    }
+
     /// A stream socket at the path is somebody's, even if it cannot be asked.
     #[test]
     fn a_live_socket_of_another_kind_is_left_alone() {

@@ -5,6 +5,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use speedy::keeper::client::{Keeper, KeeperError};
@@ -280,6 +281,39 @@ fn an_upgrade_keeps_everything() {
     assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
 }
 
+/// A signal may come at any time: between a request and its answer, during another upgrade, just before the end.
+#[test]
+fn upgrades_at_any_time_lose_no_request() {
+    let mut running = Running::start();
+    let client = running.connect();
+    let (stop, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        let requests = scope.spawn(|| {
+            let file = File::open("/dev/null").unwrap();
+            while !stop.load(Relaxed) {
+                let name = name(&format!("n{}", done.fetch_add(1, Relaxed) % 50));
+                client.put(&name, file.as_fd()).unwrap();
+                assert!(client.get(&name).unwrap().is_some());
+            }
+        });
+        for count in 1..=10 {
+            running.signal("USR2");
+            running.signal("USR2");
+            let seen = || running.log().matches("upgraded").count();
+            until(|| seen() >= count, || format!("{} upgrades:\n{}", seen(), running.log()));
+            let before = done.load(Relaxed);
+            until(|| done.load(Relaxed) > before + 20, || "no request is answered".to_owned());
+        }
+        stop.store(true, Relaxed);
+        requests.join().unwrap();
+    });
+    assert_eq!(client.list().unwrap().len(), 50);
+    running.signal("USR2");
+    running.signal("TERM");
+    assert_eq!(running.ended().code(), Some(0));
+    assert!(!running.log().contains("the daemon is gone"), "{}", running.log());
+}
+
 /// Somebody goes back to a version that has no keeper: an exec of it would end, and with it what is held.
 #[test]
 fn a_program_that_cannot_take_over_does_not_get_the_chance() {
@@ -404,6 +438,33 @@ fn floods_do_not_keep_the_owner_from_being_heard() {
     assert!(owner.list().unwrap().is_empty());
     drop((silent, flood));
     until(|| running.descriptors() == before, || format!("{:?}, not {before:?}", running.descriptors()));
+}
+
+/// Its log goes to the same pipe as the daemon's, and whoever reads that may hang as everything else may.
+#[test]
+fn a_log_that_nobody_reads_keeps_nobody_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("k.sock");
+    let mut command = Command::new(SPEEDY);
+    command.env_clear().arg("keeper").arg("--socket").arg(&socket).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut line = [0; 1];
+    child.stderr.as_mut().unwrap().read_exact(&mut line).unwrap();
+    let owner = Keeper::connect(&socket).unwrap();
+    // A pipe holds 64 KiB; each of these is a line of about 200 bytes, or of much more if it were logged whole.
+    let unknown = format!(r#"{{"request":"{}"}}"#, "x".repeat(60_000));
+    for message in std::iter::repeat_n("nonsense", 1000).chain([unknown.as_str()]) {
+        let guest = Channel::connect(&socket, PATIENCE).unwrap();
+        guest.send(message.as_bytes(), &[]).unwrap();
+        assert!(matches!(answer(&guest), Answer::Refused { .. }));
+    }
+    assert!(owner.list().unwrap().is_empty());
+    // And one whose reader is gone.
+    child.stderr = None;
+    let next = Keeper::connect(&socket).unwrap();
+    assert!(next.list().unwrap().is_empty());
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
 
 #[test]

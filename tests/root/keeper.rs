@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::mount::{MountFlags, UnmountFlags};
 use speedy::keeper::client::Keeper;
 use speedy::keeper::protocol::Name;
+use speedy::sys::fuse::CONNECTIONS;
 
 use crate::process::require_root;
 
@@ -71,6 +72,7 @@ fn start(dir: &Path) -> std::process::Child {
 fn keeper_aborts_the_connection_when_no_daemon_comes_back() {
     require_root();
     let dir = tempfile::tempdir().unwrap();
+    let list_was_there = list_is_mounted();
     let mut child = start(dir.path());
     let fuse = Mounted::new(&dir.path().join("mnt"));
     let daemon = Keeper::connect(&dir.path().join("k.sock")).unwrap();
@@ -85,6 +87,15 @@ fn keeper_aborts_the_connection_when_no_daemon_comes_back() {
     assert!(log.contains("gave up what was kept") && log.contains("aborted"), "{log}");
     child.kill().unwrap();
     child.wait().unwrap();
+    // The keeper mounts the list where the system has not; the machine is left as it was.
+    assert!(list_is_mounted());
+    if !list_was_there {
+        rustix::mount::unmount(CONNECTIONS, UnmountFlags::DETACH).unwrap();
+    }
+}
+
+fn list_is_mounted() -> bool {
+    std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(" - fusectl ")
 }
 
 /// The daemon dies and another takes the same connection; who waits does not notice but for the time.
