@@ -57,6 +57,8 @@ pub struct Config {
     pub root: PathBuf,
     /// The unix socket that containerd talks to.
     pub address: PathBuf,
+    /// The socket of the process that keeps descriptors for the daemon. Never empty after [`load`].
+    pub keeper: PathBuf,
     /// containerd's own socket, for version detection and checks.
     pub containerd: PathBuf,
     /// What snapshots are made of.
@@ -159,6 +161,7 @@ impl Default for Config {
         Config {
             root: "/var/lib/speedy".into(),
             address: "/run/speedy/speedy.sock".into(),
+            keeper: "/run/speedy/speedy-keeper.sock".into(),
             containerd: "/run/containerd/containerd.sock".into(),
             driver: DriverKind::Overlayfs,
             store: StoreUrl::default(),
@@ -192,6 +195,8 @@ pub struct Flags {
     pub root: Option<PathBuf>,
     /// `--address`
     pub address: Option<PathBuf>,
+    /// `--socket` of `speedy keeper`
+    pub keeper: Option<PathBuf>,
     /// `--containerd`
     pub containerd: Option<PathBuf>,
     /// `--log-level`
@@ -212,6 +217,7 @@ impl Flags {
         [
             ("root", "--root", path(&self.root)),
             ("address", "--address", path(&self.address)),
+            ("keeper", "--socket", path(&self.keeper)),
             ("containerd", "--containerd", path(&self.containerd)),
             ("log.level", "--log-level", word(&self.log_level)),
             ("store", "--store", word(&self.store)),
@@ -409,6 +415,7 @@ pub fn load_with_default(
         let key = key::by_name(name).expect("each flag stands for a key of the table");
         effective.set(key, given, Source::Flag(flag.into()), Place::Flag(flag.into()))?;
     }
+    effective.complete();
     Ok(effective)
 }
 
@@ -417,6 +424,14 @@ impl Effective {
     pub fn defaults() -> Effective {
         let sources = KEYS.iter().map(|key| (key.name.to_owned(), Source::Default)).collect();
         Effective { config: Config::default(), sources, unknown_variables: Vec::new() }
+    }
+
+    /// Fills in what follows from other keys.
+    fn complete(&mut self) {
+        let unsaid = self.sources.get("keeper") == Some(&Source::Default);
+        if unsaid || self.config.keeper.as_os_str().is_empty() {
+            self.config.keeper = keeper_beside(&self.config.address);
+        }
     }
 
     fn set(&mut self, key: &Key, given: Given, source: Source, place: Place) -> Result<(), ConfigError> {
@@ -428,6 +443,13 @@ impl Effective {
         self.sources.insert(name.to_owned(), source);
         Ok(())
     }
+}
+
+/// Where the keeper is when nobody says: beside the daemon's socket, so that two daemons have two keepers.
+fn keeper_beside(address: &Path) -> PathBuf {
+    let mut name = address.file_stem().unwrap_or_default().to_owned();
+    name.push("-keeper.sock");
+    address.with_file_name(name)
 }
 
 /// The text of a file; `None` when it may be absent and is.

@@ -15,7 +15,7 @@
 //! | 4 mechanisms | [`driver`], [`layer`] | where bytes live on this node: snapshots, layer images |
 //! | 3 content | [`content`] | layers on the object store: indexes, refs, publishing |
 //! | 2 pieces | [`chunk`], [`image`] | where layer images are cut and how they are stored; how a tar becomes one |
-//! | 1 servers | [`object`], [`containerd`] | the object store, containerd |
+//! | 1 servers | [`object`], [`containerd`], [`keeper`] | the object store, containerd, the process that keeps descriptors |
 //! | 0 ground | [`oci`], [`sys`], [`telemetry`], [`proto`] | names, the kernel, what the outside sees, generated messages |
 //!
 //! # A newcomer's path
@@ -37,6 +37,7 @@ pub mod daemon;
 pub mod design;
 pub mod driver;
 pub mod image;
+pub mod keeper;
 pub mod layer;
 pub mod object;
 pub mod oci;

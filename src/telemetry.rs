@@ -14,6 +14,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
 
 mod levels;
 
@@ -46,13 +47,23 @@ pub enum TelemetryError {
 
 /// Starts logging to standard error.
 pub fn init_logs(level: &str, format: LogFormat) -> Result<(), TelemetryError> {
+    init_logs_through(level, format, std::io::stderr)
+}
+
+/// Starts logging to standard error through another writer to it.
+pub fn init_logs_through<W>(level: &str, format: LogFormat, writer: W) -> Result<(), TelemetryError>
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
     let filter = EnvFilter::try_new(level).map_err(|_| TelemetryError::Level(level.to_owned()))?;
     let human = match format {
         LogFormat::Human => true,
         LogFormat::Json => false,
         LogFormat::Auto => std::io::stderr().is_terminal(),
     };
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
+    // Where standard error is a pipe that nobody reads any more, the report of that would itself fail, and end us.
+    let logs = logs.log_internal_errors(false);
     let started = match human {
         true => logs.with_target(false).with_ansi(std::io::stderr().is_terminal()).try_init(),
         false => logs.json().flatten_event(true).with_current_span(true).with_span_list(false).try_init(),

@@ -6,10 +6,12 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::config::{self, Effective, Flags};
+use crate::telemetry;
 
 mod ask;
 pub mod check;
 mod check_verb;
+mod keeper;
 mod publish;
 mod serve;
 mod show_config;
@@ -32,6 +34,15 @@ enum Verb {
     ///
     /// Ready when the socket answers; tells systemd so. SIGTERM finishes the calls that have begun and exits with 0.
     Serve(Settings),
+    /// Hold descriptors for the daemon, so that they outlive it, in the foreground
+    ///
+    /// A small process that stays while the daemon is restarted, upgraded or killed. Reads of files that the daemon serves wait
+    /// meanwhile, and go on when the next daemon takes its descriptors back. When none comes for --dead-man seconds the reads
+    /// fail instead of waiting for ever.
+    ///
+    /// Run it as a service of its own (speedy-keeper.service) or let the daemon start it. Never stop it while containers
+    /// run: SIGTERM gives up what is kept. SIGUSR2 has it become the installed program, with all it holds.
+    Keeper(keeper::Arguments),
     /// Look at this machine, at containerd and at the store, and print what to change
     Check {
         #[command(flatten)]
@@ -141,26 +152,35 @@ struct Settings {
 
 impl Settings {
     fn load(self) -> anyhow::Result<Effective> {
-        let flags = Flags {
+        load(&self.flags())
+    }
+
+    fn flags(self) -> Flags {
+        Flags {
             config: self.config,
             root: self.root,
             address: self.address,
+            keeper: None,
             containerd: self.containerd,
             log_level: self.log_level,
             store: self.store,
             metrics: self.metrics,
             trust: self.trust,
-        };
-        let effective = config::load(&flags, config::environment())?;
-        effective.unknown_variables.iter().for_each(warn);
-        Ok(effective)
+        }
     }
+}
+
+fn load(flags: &Flags) -> anyhow::Result<Effective> {
+    let effective = config::load(flags, config::environment())?;
+    effective.unknown_variables.iter().for_each(warn);
+    Ok(effective)
 }
 
 /// Parses the arguments, runs the verb, says what went wrong.
 pub fn run() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Serve(settings) => settings.load().and_then(|effective| serve::run(&effective)),
+        Verb::Keeper(arguments) => keeper::run(arguments),
         Verb::Check { settings, json, containerd_config } => settings
             .load()
             .and_then(|effective| check_verb::run(&effective, containerd_config.as_deref(), json)),
@@ -196,6 +216,14 @@ pub fn run() -> ExitCode {
             }
             ExitCode::FAILURE
         }
+    }
+}
+
+fn log_format(format: config::LogFormat) -> telemetry::LogFormat {
+    match format {
+        config::LogFormat::Auto => telemetry::LogFormat::Auto,
+        config::LogFormat::Human => telemetry::LogFormat::Human,
+        config::LogFormat::Json => telemetry::LogFormat::Json,
     }
 }
 
@@ -236,7 +264,8 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     io.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-#[expect(clippy::print_stderr, reason = "before logs exist, and for verbs without logs")]
+/// Before logs exist, and for verbs without logs. Where nobody reads standard error, that is no reason to end.
 fn warn(problem: &impl std::fmt::Display) {
-    eprintln!("speedy: warning: {problem}");
+    use std::io::Write;
+    writeln!(std::io::stderr(), "speedy: warning: {problem}").unwrap_or_default();
 }

@@ -7,7 +7,8 @@ use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{self, Effective};
+use super::log_format;
+use crate::config::Effective;
 use crate::sys::limits;
 use crate::{daemon, telemetry};
 
@@ -51,12 +52,4 @@ fn stop_on_signals(stop: CancellationToken) -> std::io::Result<impl Future<Outpu
             stop.cancel();
         }
     })
-}
-
-fn log_format(format: config::LogFormat) -> telemetry::LogFormat {
-    match format {
-        config::LogFormat::Auto => telemetry::LogFormat::Auto,
-        config::LogFormat::Human => telemetry::LogFormat::Human,
-        config::LogFormat::Json => telemetry::LogFormat::Json,
-    }
 }

@@ -134,6 +134,18 @@ pub(super) const KEYS: &[Key] = &[
         show: |config| json!(config.address),
     },
     Key {
+        name: "keeper",
+        accepted: "\"\" for one beside `address`, or an absolute path of a unix socket, at most 107 bytes long",
+        set: |config, given| match given.text()? {
+            text if text.is_empty() => {
+                config.keeper = PathBuf::new();
+                Ok(())
+            }
+            text => socket_path(&text).map(|path| config.keeper = path),
+        },
+        show: |config| json!(config.keeper),
+    },
+    Key {
         name: "containerd",
         accepted: "an absolute path of a unix socket, at most 107 bytes long",
         set: |config, given| socket_path(&given.text()?).map(|path| config.containerd = path),

@@ -117,6 +117,7 @@ fn every_key_has_a_variable() {
     let loaded = with_variables(&[
         ("SPEEDY_ROOT", "/a//b/"),
         ("SPEEDY_ADDRESS", "/a/s"),
+        ("SPEEDY_KEEPER", "/a/k"),
         ("SPEEDY_CONTAINERD", "/a/c"),
         ("SPEEDY_DRIVER", "overlayfs"),
         ("SPEEDY_STORE", ""),
@@ -147,6 +148,24 @@ fn every_key_has_a_variable() {
     assert_eq!(loaded.config.metrics.unwrap().to_string(), "127.0.0.1:1");
     let empty = with_variables(&[("SPEEDY_OVERLAYFS_MOUNT_OPTIONS", "")]).unwrap();
     assert!(empty.config.overlayfs.mount_options.is_empty());
+}
+
+#[test]
+fn the_keeper_is_beside_the_daemon_unless_somebody_says_otherwise() {
+    let keeper = |text: &str| Fixture::new(text).load().unwrap().config.keeper;
+    for (text, path) in [
+        ("", "/run/speedy/speedy-keeper.sock"),
+        ("address = '/a/b.c.sock'", "/a/b.c-keeper.sock"),
+        ("address = '/a/socket'", "/a/socket-keeper.sock"),
+        ("address = '/a/b.sock'\nkeeper = ''", "/a/b-keeper.sock"),
+        ("address = '/a/b.sock'\nkeeper = '/c/d'", "/c/d"),
+    ] {
+        assert_eq!(keeper(text), Path::new(path), "{text}");
+    }
+    let flags = Flags { keeper: Some("/f/k".into()), ..Flags::default() };
+    let loaded = load_with_default(&flags, std::iter::empty(), Path::new("/nonexistent")).unwrap();
+    assert_eq!(loaded.config.keeper, Path::new("/f/k"));
+    assert_eq!(loaded.sources["keeper"], Source::Flag("--socket".into()));
 }
 
 #[test]
@@ -254,6 +273,7 @@ fn bad_values_say_why_and_what_is_accepted() {
         ("root = \"/a\\u0000b\"", "control characters"),
         ("address = 'speedy.sock'", "is a relative path"),
         (long.as_str(), "the path is 108 bytes long"),
+        ("keeper = 'keeper.sock'", "is a relative path"),
         ("driver = 'devicemapper'", "this build has no devicemapper driver"),
         ("driver = 'btrfs'", "not a driver"),
         ("store = 's3://KEY:hush@host/b'", "\"s3://***@host/b\" holds credentials"),

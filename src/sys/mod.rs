@@ -8,13 +8,18 @@
 pub mod beneath;
 mod blocking;
 pub mod extent;
+pub mod fdpass;
+pub mod fuse;
 pub mod idmap;
 pub mod limits;
 pub mod lock;
 pub mod loopdev;
+pub mod memory;
 pub mod mount;
 pub mod mountinfo;
+pub mod program;
 pub mod reserve;
+pub mod signals;
 pub mod socket;
 pub mod space;
 pub mod terminal;

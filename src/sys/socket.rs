@@ -7,15 +7,16 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 /// Why a socket could not be taken.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// Somebody answers there.
-    #[error("{0} is in use: another process answers on it; stop that one or choose another --address")]
+    #[error("{0} is in use: another process answers on it; stop that one or choose another address")]
     Live(PathBuf),
     /// A file of another kind is in the way; it is not touched.
-    #[error("{0} exists and is not a socket; it was left alone: choose another --address or remove it")]
+    #[error("{0} exists and is not a socket; it was left alone: choose another address or remove it")]
     NotASocket(PathBuf),
     /// The system refused.
     #[error("cannot listen on {path}: {source}")]
@@ -58,35 +59,44 @@ impl Bound {
 /// file left alone. The parent directory is made (0711: others may pass, not list) where it is missing.
 pub fn listen(path: &Path) -> Result<Bound, SocketError> {
     let io = |source| SocketError::Io { path: path.to_owned(), source };
-    if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-        make_parent(parent).map_err(io)?;
-    }
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => return Err(SocketError::NotASocket(path.to_owned())),
-        Ok(_) => match connect_now(path) {
-            // EAGAIN: somebody listens and is too busy to be asked.
-            Ok(()) | Err(Errno::AGAIN) => return Err(SocketError::Live(path.to_owned())),
-            Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(io)?,
-            Err(errno) => return Err(io(errno.into())),
-        },
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(io(error)),
-    }
-    // The mask makes the file 0600 from its first instant; a chmod afterwards would leave a window.
-    let before = rustix::process::umask(Mode::from_raw_mode(0o177));
-    let bound = UnixListener::bind(path);
-    rustix::process::umask(before);
-    let listener = bound.map_err(io)?;
+    clear_the_way(path, SocketType::STREAM)?;
+    let listener = private(|| UnixListener::bind(path)).map_err(io)?;
     listener.set_nonblocking(true).map_err(io)?;
     let inode = std::fs::symlink_metadata(path).map_err(io)?.ino();
     Ok(Bound { listener, file: Some((path.to_owned(), inode)) })
 }
 
+/// Makes the parent directory and removes a stale socket, so that a socket of this `kind` can be bound at `path`.
+pub(super) fn clear_the_way(path: &Path, kind: SocketType) -> Result<(), SocketError> {
+    let io = |source| SocketError::Io { path: path.to_owned(), source };
+    if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        make_parent(parent).map_err(io)?;
+    }
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => Err(SocketError::NotASocket(path.to_owned())),
+        Ok(_) => match connect_now(path, kind) {
+            // EAGAIN: somebody listens and is too busy to be asked. EPROTOTYPE: somebody has it, with another kind of socket.
+            Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(SocketError::Live(path.to_owned())),
+            Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(io),
+            Err(errno) => Err(io(errno.into())),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(io(error)),
+    }
+}
+
+/// Runs `bind` with a mask that makes the file 0600 from its first instant; a chmod afterwards would leave a window.
+pub(super) fn private<T>(bind: impl FnOnce() -> T) -> T {
+    let before = rustix::process::umask(Mode::from_raw_mode(0o177));
+    let bound = bind();
+    rustix::process::umask(before);
+    bound
+}
+
 /// Connects without waiting, and hangs up.
-fn connect_now(path: &Path) -> Result<(), Errno> {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+fn connect_now(path: &Path, kind: SocketType) -> Result<(), Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)
 }
 
@@ -123,7 +133,6 @@ mod tests {
     /// A start once waited for ever in connect(2), deaf to signals.
     #[test]
     fn a_listener_that_is_too_busy_to_be_asked_is_live() {
-        use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s.sock");
         let busy = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Module → tier. A module imports from lower tiers and its own folder only; `telemetry` may be imported by all.
-const TIERS: [(&str, u8); 17] = [
+const TIERS: [(&str, u8); 18] = [
     ("cli", 9),
     ("daemon", 8),
     ("config", 7),
@@ -16,6 +16,7 @@ const TIERS: [(&str, u8); 17] = [
     ("image", 2),
     ("chunk", 2),
     ("containerd", 1),
+    ("keeper", 1),
     ("object", 1),
     ("oci", 0),
     ("sys", 0),

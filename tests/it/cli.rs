@@ -14,9 +14,22 @@ fn stderr(output: &Output) -> String {
 #[test]
 fn help_names_every_verb() {
     let help = String::from_utf8(speedy(&["--help"]).stdout).unwrap();
-    for verb in ["serve", "check", "config", "completion", "man"] {
+    for verb in ["serve", "keeper", "check", "config", "completion", "man"] {
         assert!(help.contains(&format!("\n  {verb} ")), "{verb} is not in\n{help}");
     }
+}
+
+#[test]
+fn the_keepers_help_teaches() {
+    let help = String::from_utf8(speedy(&["keeper", "--help"]).stdout).unwrap();
+    for text in
+        ["--socket <SOCKET>", "--dead-man <SECONDS>", "default: 100", "speedy-keeper.service", "SIGUSR2"]
+    {
+        assert!(help.contains(text), "{text} is not in\n{help}");
+    }
+    assert!(!help.contains("--adopt"), "{help}");
+    let wrong = speedy(&["keeper", "--dead-man", "0"]);
+    assert_eq!(wrong.status.code(), Some(2), "{}", stderr(&wrong));
 }
 
 #[test]

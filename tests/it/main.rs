@@ -15,6 +15,7 @@ mod drivers;
 mod faults;
 mod fuzz;
 mod image;
+mod keeper;
 mod layer_records;
 #[path = "../layers/mod.rs"]
 mod layers;
@@ -26,3 +27,4 @@ mod objects;
 mod s3;
 mod suite;
 mod support;
+mod units;

@@ -9,6 +9,7 @@ mod attach;
 mod crash;
 mod extract;
 mod image;
+mod keeper;
 #[path = "../layers/mod.rs"]
 mod layers;
 #[path = "../maker/mod.rs"]

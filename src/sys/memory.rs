@@ -1,0 +1,48 @@
+//! Memory of this process: pages that stay, files that are only memory.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom, Write};
+
+use rustix::fs::MemfdFlags;
+use rustix::mm::MlockAllFlags;
+use rustix::process::{Resource, Rlimit, setrlimit};
+
+/// Keeps every page of this process in memory, those of its program too (mlockall(2)): whatever happens to the disk below, it
+/// answers. Where the limits do not allow that, a warning says so and the process works as others do.
+pub fn lock_all() {
+    let may_grow = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }).is_ok();
+    // Under a limit, to lock future pages would mean that memory is refused when it is reached.
+    let flags = match may_grow {
+        true => MlockAllFlags::CURRENT | MlockAllFlags::FUTURE,
+        false => MlockAllFlags::CURRENT,
+    };
+    if let Err(error) = rustix::mm::mlockall(flags) {
+        tracing::warn!(
+            %error,
+            "cannot lock this process in memory; it works, but needs the disk of its program when memory is short \
+             (LimitMEMLOCK=infinity of its unit, or ulimit -l unlimited, would allow it)"
+        );
+    }
+}
+
+/// A file without a name and without a disk, with these bytes, read from its beginning; closed on exec. `name` is for people
+/// who look into `/proc`.
+pub fn file(name: &str, bytes: &[u8]) -> io::Result<File> {
+    let mut file = File::from(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?);
+    file.write_all(bytes)?;
+    file.seek(SeekFrom::Start(0))?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn a_memory_file_is_read_from_its_beginning() {
+        let mut text = String::new();
+        file("test", b"what is kept").unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text, "what is kept");
+    }
+}
