@@ -36,8 +36,8 @@ mod tests;
 
 pub use file::toml_to_json;
 pub use value::{
-    ByteSize, DriverKind, LayerSharing, LogFormat, LogLevel, Percent, PublishPolicy, StoreUrl, Timespan,
-    TrustMode,
+    ByteSize, DriverKind, LayerSharing, LazyMode, LogFormat, LogLevel, Percent, PublishPolicy, StoreUrl,
+    Timespan, TrustMode,
 };
 
 use key::{Given, KEYS, Key, Problem};
@@ -138,6 +138,8 @@ pub struct LimitsConfig {
 pub struct FetchConfig {
     /// How long a Prepare may look for its layer before it is pulled as usual.
     pub deadline: Timespan,
+    /// Whether containers start before their layers are here.
+    pub lazy: LazyMode,
 }
 
 /// Putting layers on the store.
@@ -179,7 +181,7 @@ impl Default for Config {
                 entries: 2_000_000,
                 metadata: ByteSize::from_mib(512),
             },
-            fetch: FetchConfig { deadline: Timespan::from_secs(5) },
+            fetch: FetchConfig { deadline: Timespan::from_secs(5), lazy: LazyMode::Auto },
             publish: PublishConfig { policy: PublishPolicy::Auto },
             trust: TrustConfig { mode: TrustMode::Keys, keys: Vec::new() },
         }

@@ -27,17 +27,24 @@ use crate::layer::LayerError;
 use crate::service::{self, About, ServeError, Served};
 use crate::snapshot::SnapshotError;
 use crate::snapshot::apply::Applier;
+use crate::snapshot::layers::Layers;
 use crate::snapshot::metastore::{self, MetaError, MetaStore};
 use crate::snapshot::reconcile::Room;
 use crate::snapshot::snapshotter::{Policy, Sharing, Snapshotter, UpperdirLabel};
-use crate::sys::lock::FileLock;
+use crate::sys::lock::{self, FileLock};
 use crate::sys::socket::{self, Bound, SocketError};
 use crate::sys::space;
 use crate::telemetry::Metrics;
 
+use keeping::Keeping;
+
+mod keeping;
 mod levels;
 pub mod remote;
 
+/// How often, and after which time each, the lock of a predecessor that was killed is asked for.
+const DYING_TRIES: u32 = 100;
+const DYING_PAUSE: Duration = Duration::from_millis(100);
 /// How long begun calls may take after the signal to stop.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -106,23 +113,24 @@ pub async fn run(
     stop: CancellationToken,
 ) -> Result<(), DaemonError> {
     let root = Root::open(&config.root)?;
+    // What containers wait for comes first; all that follows may wait for them.
+    let store = remote::open_store(config)?;
+    let root = root.locked().await?;
     let driver = open_driver(config)?;
     let meta = Arc::new(MetaStore::open(&config.root, config.driver.as_str())?);
     let blobs = Blobs::new(config.containerd.clone());
-    let composed = remote::compose(config, &meta, &blobs)?;
+    let composed = remote::compose(config, &meta, &blobs, store)?;
+    let keeping = composed.keeping.clone();
     let about = about(config, &composed);
     let (layers, objects) = (composed.remote.layers.clone(), composed.objects.clone());
     let limits = remote::limits(config);
-    let applier = Applier::new(Arc::clone(&meta), Arc::clone(&driver), layers, limits, &config.root);
+    let applier = Applier::new(Arc::clone(&meta), Arc::clone(&driver), layers.clone(), limits, &config.root);
     let snapshotter =
         Arc::new(Snapshotter::new(Arc::clone(&meta), driver, applier, composed.remote, policy(config)));
     snapshotter.start().await.map_err(DaemonError::Recover)?;
 
     let metrics = Metrics::new(levels::read(&snapshotter, &meta, objects, &config.root));
-    let metrics_port = match config.metrics {
-        Some(address) => Some(service::bind_metrics(address).await?),
-        None => None,
-    };
+    let metrics_port = bind_metrics(config).await?;
     // The port as it was given: a configured 0 takes any.
     let metrics_address = metrics_port.as_ref().and_then(|port| port.local_addr().ok());
     let bound = match inherited {
@@ -134,13 +142,11 @@ pub async fn run(
     let background_stop = CancellationToken::new();
     let _stop_on_error = background_stop.clone().drop_guard();
     spawn_work(&background, &snapshotter, config, &background_stop);
+    if let Some(keeping) = keeping.clone() {
+        background.spawn(keeping.watch(background_stop.clone()));
+    }
     if let Some(port) = metrics_port {
-        let serving = service::serve_metrics(port, metrics.clone(), background_stop.clone());
-        background.spawn(async move {
-            if let Err(error) = serving.await {
-                tracing::error!(%error, "metrics are no longer served");
-            }
-        });
+        background.spawn(show_metrics(port, metrics.clone(), background_stop.clone()));
     }
     background.close();
 
@@ -163,10 +169,34 @@ pub async fn run(
     calls.wait().await;
     background_stop.cancel();
     background.wait().await;
+    if let Some(layers) = layers {
+        end_lazy(&layers, keeping.as_deref()).await;
+    }
     tokio::task::spawn_blocking(move || meta.close()).await.map_err(std::io::Error::other)?;
     drop(root);
     tracing::info!("stopped");
     served
+}
+
+async fn bind_metrics(config: &Config) -> Result<Option<tokio::net::TcpListener>, ServeError> {
+    match config.metrics {
+        Some(address) => service::bind_metrics(address).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+async fn show_metrics(port: tokio::net::TcpListener, metrics: Metrics, stop: CancellationToken) {
+    if let Err(error) = service::serve_metrics(port, metrics, stop).await {
+        tracing::error!(%error, "metrics are no longer served");
+    }
+}
+
+/// What containers still read through us waits for the next process; if there is nothing, nobody need wait for it.
+async fn end_lazy(layers: &Layers, keeping: Option<&Keeping>) {
+    layers.end_reads().await;
+    if let Some(keeping) = keeping.filter(|_| !layers.has_lazy()) {
+        keeping.release();
+    }
 }
 
 /// What goes on in the background as long as calls are answered.
@@ -260,6 +290,7 @@ fn about(config: &Config, composed: &remote::Composed) -> About {
     About {
         root: config.root.display().to_string(),
         layer_images: composed.layer_images.clone(),
+        lazy: composed.lazy.clone(),
         publish_policy: publish_policy.to_owned(),
         store: Box::new(remote::store_state(config, composed)),
         free_bytes: Box::new(move || space::free_bytes(&root).unwrap_or(0)),
@@ -267,7 +298,12 @@ fn about(config: &Config, composed: &remote::Composed) -> About {
 }
 
 /// The root directory, ours alone.
-struct Root(#[expect(dead_code, reason = "held for its lock")] FileLock);
+#[derive(Debug)]
+enum Root {
+    Locked(#[expect(dead_code, reason = "held for its lock")] FileLock),
+    /// A predecessor was killed and has not let go of it yet.
+    Dying(PathBuf),
+}
 
 impl Root {
     fn open(root: &Path) -> Result<Root, DaemonError> {
@@ -277,13 +313,30 @@ impl Root {
         if !metastore::is_present(root)? {
             require_unoccupied(root)?;
         }
-        match FileLock::try_exclusive(&root.join("lock")).map_err(refused)? {
-            Some(lock) => {
-                probe::clear_leftovers(root);
-                Ok(Root(lock))
-            }
+        let lock = root.join("lock");
+        match FileLock::try_exclusive(&lock).map_err(refused)? {
+            Some(lock) => Ok(Root::taken(lock, root)),
+            None if lock::holder_is_dying(&lock).unwrap_or(false) => Ok(Root::Dying(root.to_owned())),
             None => Err(DaemonError::RootInUse(root.to_owned())),
         }
+    }
+
+    fn taken(lock: FileLock, root: &Path) -> Root {
+        probe::clear_leftovers(root);
+        Root::Locked(lock)
+    }
+
+    /// Waits for a predecessor that was killed: what it may wait for is served by now.
+    async fn locked(self) -> Result<Root, DaemonError> {
+        let Root::Dying(root) = &self else { return Ok(self) };
+        let refused = |source| DaemonError::Root { root: root.clone(), source };
+        for _ in 0..DYING_TRIES {
+            if let Some(lock) = FileLock::try_exclusive(&root.join("lock")).map_err(refused)? {
+                return Ok(Root::taken(lock, root));
+            }
+            tokio::time::sleep(DYING_PAUSE).await;
+        }
+        Err(DaemonError::RootInUse(root.clone()))
     }
 }
 

@@ -44,6 +44,24 @@ image() { printf '%s/%s:1' "$REGISTRY" "$1"; }
 status_of() { "$SPEEDY" status --json --address "$SPEEDY_ADDRESS" | jq -r "$1"; }
 published() { [[ $(status_of .publish.pending) == 0 ]]; }
 filled() { [[ $(status_of .layers.filling) == 0 ]]; }
+publish_names() {
+    local name
+    for name in "$@"; do
+        pull_by ctr speedy "$name" >/dev/null
+        wait_for 600 "publishing of $name" published
+    done
+}
+
+# start_behind_link STORE-ENDPOINT KEY: this node.
+start_behind_link() {
+    local address
+    address=http://$(link_address "$1")
+    node_make
+    quiet_collector
+    registry_host "$(link_address "$REGISTRY")"
+    AWS_ENDPOINT_URL=$address AWS_ENDPOINT=$address SPEEDY_TRUST_KEYS=$2 SPEEDY_PUBLISH_POLICY=off start_speedy --store "$SPEEDY_STORE"
+    start_containerd "$CONTAINERD_VERSION"
+}
 
 # pull_by CLIENT SNAPSHOTTER NAME
 pull_by() {
@@ -76,10 +94,13 @@ nothing_is_there() {
 }
 
 # ready SNAPSHOTTER NAME: an image that is not there is pulled and run; milliseconds until its first line, which must be "ready".
-ready() {
+# ready_here: the same with an image that is there.
+ready() { run_until_ready "$1" "$2" always; }
+ready_here() { run_until_ready "$1" "$2" never; }
+run_until_ready() {
     local start line end
     start=$(now_ms)
-    exec {output}< <(nerdctl "$1" run --rm --net none --pull always --quiet --cgroup-parent "/$WORLD-nerdctl" "$(image "$2")" 2>>"$W/commands.log")
+    exec {output}< <(nerdctl "$1" run --rm --net none --pull "$3" --quiet --cgroup-parent "/$WORLD-nerdctl" "$(image "$2")" 2>>"$W/commands.log")
     read -r line <&"$output" || true
     end=$(now_ms)
     cat <&"$output" >/dev/null

@@ -138,16 +138,18 @@ fn status_text(status: &StatusReport) -> String {
         ),
     );
     line("layer images", status.layer_images.clone());
+    line("lazy reads", status.lazy.clone());
     let layers = &status.layers;
     line(
         "layers",
         format!(
-            "{}, {} on disk; {} being fetched, {} unused, {} attached",
+            "{}, {} on disk; {} being fetched, {} unused, {} attached, {} of them read lazily",
             layers.count,
             bytes(layers.bytes),
             layers.filling,
             layers.unclaimed,
-            layers.attached
+            layers.attached,
+            layers.lazy
         ),
     );
     match &status.store {
@@ -207,12 +209,20 @@ fn layers_text(layers: &[LayerReport]) -> String {
             bytes(layer.fetched),
             bytes(layer.shared),
             layer.snapshots,
-            yes(layer.attached),
+            attached(layer),
             yes(layer.published)
         )
         .expect("writing to a string does not fail");
     }
     out
+}
+
+fn attached(layer: &LayerReport) -> &'static str {
+    match (layer.attached, layer.lazy) {
+        (false, _) => "no",
+        (true, true) => "lazy",
+        (true, false) => "native",
+    }
 }
 
 fn explain_text(what: &str, layers: &[LayerExplained]) -> String {
@@ -230,7 +240,8 @@ fn explain_text(what: &str, layers: &[LayerExplained]) -> String {
                     ),
                     _ => "made here from the pulled blob".to_owned(),
                 };
-                write!(text, "{kind} {}, {}, {} %; {from}", image.serial, bytes(image.bytes), image.percent)
+                let (size, how) = (bytes(image.bytes), attached(image));
+                write!(text, "{kind} {}, {size}, {} %, attached: {how}; {from}", image.serial, image.percent)
                     .expect("writing to a string does not fail");
                 if let Some(problem) = &image.problem {
                     write!(text, "; {problem}").expect("writing to a string does not fail");

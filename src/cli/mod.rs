@@ -12,6 +12,7 @@ mod ask;
 pub mod check;
 mod check_verb;
 mod keeper;
+mod kernel_call;
 mod publish;
 mod serve;
 mod show_config;
@@ -107,6 +108,9 @@ enum Verb {
         #[arg(value_name = "IMAGE|CONTAINER")]
         what: String,
     },
+    /// Make a system call that may wait for the daemon; only the daemon starts this
+    #[command(hide = true)]
+    KernelCall(kernel_call::Arguments),
     /// Print a completion script for a shell
     ///
     /// For example: speedy completion bash > /etc/bash_completion.d/speedy
@@ -200,6 +204,7 @@ pub fn run() -> ExitCode {
         Verb::Explain { settings, namespace, json, what } => settings.load().and_then(|effective| {
             ask::explain(&effective, &namespace_or_default(namespace), &what, form(json))
         }),
+        Verb::KernelCall(arguments) => Ok(kernel_call::run(&arguments)),
         Verb::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "speedy", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::value::{
-    ByteSize, DriverKind, LayerSharing, LogFormat, LogLevel, Percent, PublishPolicy, StoreUrl, Timespan,
-    TrustMode,
+    ByteSize, DriverKind, LayerSharing, LazyMode, LogFormat, LogLevel, Percent, PublishPolicy, StoreUrl,
+    Timespan, TrustMode,
 };
 use super::{Config, FILE_VARIABLE, PREFIX, show};
 use crate::content::trust::PublicKey;
@@ -265,6 +265,14 @@ pub(super) const KEYS: &[Key] = &[
         accepted: "a time from \"1ms\" to \"1h\", such as \"500ms\" or \"5s\"",
         set: |config, given| time_limit(&given.text()?).map(|limit| config.fetch.deadline = limit),
         show: |config| json!(config.fetch.deadline),
+    },
+    Key {
+        name: "fetch.lazy",
+        accepted: LazyMode::ACCEPTED,
+        set: |config, given| {
+            LazyMode::parse(&given.text()?).map(|lazy| config.fetch.lazy = lazy).map_err(value)
+        },
+        show: |config| json!(config.fetch.lazy),
     },
     Key {
         name: "publish.policy",

@@ -104,6 +104,17 @@ words! {
 }
 
 words! {
+    /// Whether containers start on layers that are still being fetched.
+    LazyMode {
+        /// Where the kernel can.
+        Auto = "auto",
+        /// Layers are fetched whole first.
+        Off = "off",
+    }
+    "\"auto\" or \"off\""
+}
+
+words! {
     /// Which layers are put on the store.
     PublishPolicy {
         /// Those that this node pulls.

@@ -22,6 +22,7 @@
 //! **When it fails.** [`IndexError`]: a version from the future is told apart from bytes that are no index.
 
 use std::fmt;
+use std::ops::Range;
 
 use prost::Message;
 
@@ -247,6 +248,24 @@ impl LayerIndex {
     /// The chunks of file data with their offsets in bytes.
     pub fn data_chunks(&self) -> impl ExactSizeIterator<Item = (u64, ChunkRef)> + Clone + '_ {
         placed(&self.chunks[1..self.before_metadata])
+    }
+
+    /// One chunk with its offset in bytes, by its place in [`LayerIndex::chunks`].
+    pub fn chunk(&self, at: usize) -> (u64, ChunkRef) {
+        let placed = &self.chunks[at];
+        (placed.offset(), placed.chunk())
+    }
+
+    /// The places of the chunks that have bytes in a range.
+    pub fn covering(&self, range: &Range<u64>) -> Range<usize> {
+        let first = self.chunks.partition_point(|placed| placed.end() * BLOCK <= range.start);
+        let end = self.chunks.partition_point(|placed| placed.offset() < range.end);
+        first..end.max(first)
+    }
+
+    /// The places of what must be here before the image can be mounted.
+    pub fn metadata_places(&self) -> impl Iterator<Item = usize> + use<> {
+        std::iter::once(0).chain(self.before_metadata..self.chunks.len())
     }
 
     /// The plain bytes of all chunks: the image without its holes.

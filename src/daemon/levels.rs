@@ -43,10 +43,15 @@ fn layers(snapshotter: &Snapshotter) -> LayerLevels {
     let reports = snapshotter.layer_reports();
     let count = |state: &str| number(reports.iter().filter(|layer| layer.state == state).count());
     let fills = snapshotter.fill_counts();
+    let lazy = snapshotter.lazy_counts();
     LayerLevels {
         states: ["complete", "filling", "failed"].map(|state| (state, count(state))).to_vec(),
         unclaimed: number(reports.iter().filter(|layer| layer.snapshots == 0).count()),
         attached: number(reports.iter().filter(|layer| layer.attached).count()),
+        lazy: number(reports.iter().filter(|layer| layer.lazy).count()),
+        lazy_reads: vec![("ok", lazy.reads), ("failed", lazy.failed)],
+        lazy_bytes: lazy.bytes,
+        taken_over: lazy.taken_over,
         bytes: reports.iter().map(|layer| layer.bytes).sum(),
         fills: vec![("done", fills.done), ("failed", fills.failed)],
         filled_bytes: vec![("store", fills.fetched), ("node", fills.shared)],

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::DaemonError;
+use super::keeping::{self, Keeping};
 use crate::chunk::merged::Merged;
 use crate::chunk::remote::Remote as RemoteChunks;
 use crate::chunk::verified::Verified;
-use crate::config::{Config, PublishPolicy, TrustMode};
+use crate::config::{Config, LazyMode, PublishPolicy, TrustMode};
 use crate::containerd::blob::Blobs;
 use crate::content::memory::MemorySource;
 use crate::content::trust::{KEY_FILE, PublicKey, PublisherKey, Trust};
@@ -15,6 +16,8 @@ use crate::content::{self, ContentStore};
 use crate::image::Limits;
 use crate::layer::LayerStore;
 use crate::layer::attach::{AttachError, Attacher, Mode};
+use crate::layer::fill::Supply;
+use crate::layer::lazy::ColdLayers;
 use crate::object::{Objects, Settings, StoreOptions};
 use crate::snapshot::layers::Layers;
 use crate::snapshot::metastore::MetaStore;
@@ -27,7 +30,36 @@ pub(super) struct Composed {
     pub(super) remote: Remote,
     /// How layer images are mounted here, or why they are not.
     pub(super) layer_images: String,
+    /// Whether layers are read lazily here, or why not.
+    pub(super) lazy: String,
     pub(super) objects: Option<Objects>,
+    pub(super) keeping: Option<Arc<Keeping>>,
+}
+
+/// The store, as far as it can be had before there are records.
+#[derive(Debug)]
+pub(super) struct Store {
+    layers: Arc<LayerStore>,
+    content: Option<(Arc<ContentStore>, Objects)>,
+    cold: Option<Arc<ColdLayers>>,
+    keeping: Option<Arc<Keeping>>,
+}
+
+/// Opens the store, and serves what containers may be waiting for.
+pub(super) fn open_store(config: &Config) -> Result<Store, DaemonError> {
+    let layers = Arc::new(LayerStore::at(&config.root));
+    let is_store = !config.store.is_empty() && !config.store.as_str().starts_with("memory:");
+    let opened = if is_store { Some(open_content(config)?) } else { None };
+    let content = opened.map(|(content, objects)| (Arc::new(content), objects));
+    let cold = content.as_ref().map(|(content, _)| {
+        let (layers, content) = (Arc::clone(&layers), Arc::clone(content));
+        Arc::new(ColdLayers::new(Supply { layers, local: Arc::default(), content, counts: Arc::default() }))
+    });
+    let keeping = match (&cold, config.fetch.lazy) {
+        (Some(cold), LazyMode::Auto) => keeping::open(config, cold).map(Arc::new),
+        _ => None,
+    };
+    Ok(Store { layers, content, cold, keeping })
 }
 
 /// Composes what `config` asks for.
@@ -35,21 +67,17 @@ pub(super) fn compose(
     config: &Config,
     meta: &Arc<MetaStore>,
     blobs: &Blobs,
+    store: Store,
 ) -> Result<Composed, DaemonError> {
-    let (store, layer_images) = open_layers(&config.root)?;
+    let Store { layers: files, content, cold, keeping } = store;
+    let (can_mount, layer_images) = prepare_layers(&config.root, &files)?;
     let source = match config.store.as_str().starts_with("memory:") {
         true => MemorySource::open(config.store.as_str())?,
         false => None,
     };
-    let opened = match config.store.is_empty() || source.is_some() {
-        true => None,
-        false => Some(open_content(config)?),
-    };
-    let (content, objects) = match opened {
-        Some((content, objects)) => (Some(Arc::new(content)), Some(objects)),
-        None => (None, None),
-    };
-    let layers = store.map(|store| Arc::new(Layers::new(Arc::clone(meta), store, content.clone())));
+    let (content, objects) = content.unzip();
+    let lazy = keeping.as_ref().map(|keeping| Arc::clone(&keeping.lazy));
+    let layers = can_mount.then(|| Arc::new(Layers::new(Arc::clone(meta), files, cold, lazy)));
     let publisher = match (&layers, &content, config.publish.policy) {
         (Some(layers), Some(content), PublishPolicy::Auto) => Some(Arc::new(Publisher::new(
             Arc::clone(meta),
@@ -61,28 +89,33 @@ pub(super) fn compose(
         ))),
         _ => None,
     };
-    Ok(Composed { remote: Remote { source, layers, content, publisher }, layer_images, objects })
+    let lazy = match (&keeping, config.fetch.lazy, &content) {
+        (Some(_), ..) => "on",
+        (None, LazyMode::Off, _) => "off: fetch.lazy says so",
+        (None, _, None) => "off: there is no store",
+        (None, ..) => "off: this kernel cannot; see the log and speedy check",
+    };
+    let remote = Remote { source, layers, content, publisher };
+    Ok(Composed { remote, layer_images, lazy: lazy.to_owned(), objects, keeping })
 }
 
 /// A node that cannot mount layer images is a node like any other, without them.
-fn open_layers(root: &Path) -> Result<(Option<Arc<LayerStore>>, String), DaemonError> {
-    match Attacher::open(root, Mode::Auto) {
-        Ok(attacher) => {
-            let way = attacher.way().to_string();
-            Ok((Some(Arc::new(LayerStore::open(root, attacher)?)), way))
-        }
+fn prepare_layers(root: &Path, layers: &LayerStore) -> Result<(bool, String), DaemonError> {
+    let attacher = match Attacher::open(root, Mode::Auto) {
+        Ok(attacher) => attacher,
         Err(error @ AttachError::Unsupported { .. }) => {
             tracing::warn!(%error, "no layer images on this node");
-            Ok((None, format!("none: {error}")))
+            return Ok((false, format!("none: {error}")));
         }
         Err(error) => {
             // A full disk, say: a start must be possible, it is the way to free it.
             tracing::warn!(%error, "cannot try how layer images are mounted; taken for mounted from files");
-            let attacher = Attacher::untried(root);
-            let way = attacher.way().to_string();
-            Ok((Some(Arc::new(LayerStore::open(root, attacher)?)), way))
+            Attacher::untried(root)
         }
-    }
+    };
+    let way = attacher.way().to_string();
+    layers.prepare(attacher)?;
+    Ok((true, way))
 }
 
 fn open_content(config: &Config) -> Result<(ContentStore, Objects), DaemonError> {

@@ -22,7 +22,7 @@ use super::protocol::{
     Answer, LONGEST_MESSAGE, MOST_HELD, Name, Refusal, Request, VERSION, decode_request, encode_answer,
 };
 use crate::sys::fdpass::{self, Channel, PassError, PassListener};
-use crate::sys::fuse::{self, Aborted};
+use crate::sys::fusectl::{self, Aborted};
 use crate::sys::program::{self, Home};
 use crate::sys::signals::{Signal, Signals};
 use crate::sys::socket::SocketError;
@@ -441,7 +441,7 @@ impl Keeper {
             return;
         }
         let connection = self.dead_man.connection.take();
-        let aborted = connection.map(|number| abort(Path::new(fuse::CONNECTIONS), number));
+        let aborted = connection.map(|number| abort(Path::new(fusectl::CONNECTIONS), number));
         let held = self.held.clear();
         tracing::error!(
             why,
@@ -527,10 +527,10 @@ fn milliseconds(time: Duration) -> u64 {
 
 /// Aborts a FUSE connection; what came of it, for the log.
 fn abort(connections: &Path, number: u32) -> &'static str {
-    if let Err(error) = fuse::mount_list(connections) {
+    if let Err(error) = fusectl::mount_list(connections) {
         tracing::warn!(%error, "cannot mount the list of FUSE connections; trying without");
     }
-    match fuse::abort(connections, number) {
+    match fusectl::abort(connections, number) {
         Ok(Aborted::Yes) => "aborted",
         Ok(Aborted::NoSuchConnection) => "not there; closing its descriptors ends it",
         Err(error) => {

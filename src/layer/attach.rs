@@ -147,6 +147,8 @@ pub struct Attached {
     /// The image file; ` (deleted)` stands behind the name of a removed one below a loop device. `None` if the kernel
     /// does not tell.
     pub image: Option<PathBuf>,
+    /// The loop device that it is mounted from, if one stands between.
+    pub device: Option<PathBuf>,
 }
 
 /// Mounts layer images below one root.
@@ -202,49 +204,25 @@ impl Attacher {
     /// Mounts `image` at `point`, a direct child of `<root>/l`, which is made if it is not there; succeeds when that very
     /// image is there already. A directory with anything in it is not covered.
     pub fn attach(&self, image: &Path, point: &Path) -> Result<(), AttachError> {
-        let at_point = |error| AttachError::at(point, error);
-        let (state, _) = mount::look(point).map_err(at_point)?;
-        match state {
-            PointState::Erofs => return self.require_same(image, point),
-            PointState::Other => return Err(AttachError::Occupied(point.to_owned())),
-            PointState::Directory => {}
-            PointState::Absent => DirBuilder::new().mode(0o700).create(point).map_err(at_point)?,
-        }
-        let attached = self.attach_at(image, point);
-        if attached.is_err() && state == PointState::Absent {
-            // An empty directory does no harm, but nobody would know whose it is.
-            if let Err(error) = std::fs::remove_dir(point) {
-                tracing::warn!(point = %point.display(), %error, "cannot remove an attach point that was not used");
-            }
-        }
-        attached
+        attach_with(image, point, || mount_image(image, self.way_for(image)))
     }
 
-    fn attach_at(&self, image: &Path, point: &Path) -> Result<(), AttachError> {
-        let dir = empty_directory(point)?;
-        let way = if is_fresh(image) { self.way.cached() } else { self.way };
-        let mounted = mount_image(image, way).map_err(|error| explain(image, error))?;
-        let refused = |source| AttachError::Refused { image: image.to_owned(), source };
-        if !mounted.has_directory(TREE).map_err(refused)? {
-            return Err(AttachError::NoTree(image.to_owned()));
+    /// Mounts `image` from its file on top of what is mounted at `point`, at once for whoever looks there next; nothing happens
+    /// where files cannot be mounted.
+    pub fn cover(&self, image: &Path, point: &Path) -> Result<(), AttachError> {
+        if self.way == Way::Loop {
+            return Ok(());
         }
-        mounted.attach(&dir).map_err(|error| AttachError::at(point, error))?;
-        require_visible(point)
-    }
-
-    /// Whether what is at `point` is `image`.
-    fn require_same(&self, image: &Path, point: &Path) -> Result<(), AttachError> {
-        let path = std::fs::canonicalize(image).map_err(|error| explain(image, error))?;
-        let point_path = std::fs::canonicalize(point).map_err(|error| AttachError::at(point, error))?;
-        let table = mountinfo::of_this_process().map_err(|error| AttachError::at(point, error))?;
-        let top = table.iter().rfind(|entry| entry.point == point_path);
-        let mounted = top.map(image_of).transpose().map_err(|error| AttachError::at(point, error))?;
-        // The table keeps the name that the file had when it was mounted, before it was complete.
-        let stem = |path: &Path| path.with_extension("");
-        if mounted.flatten().map(|mounted| stem(&mounted)) != Some(stem(&path)) {
+        let (PointState::Erofs, Some(top)) =
+            mount::look(point).map_err(|error| AttachError::at(point, error))?
+        else {
             return Err(AttachError::Occupied(point.to_owned()));
-        }
-        require_visible(point)
+        };
+        mount_at(image, point, top, || mount_image(image, self.way_for(image)))
+    }
+
+    fn way_for(&self, image: &Path) -> Way {
+        if is_fresh(image) { self.way.cached() } else { self.way }
     }
 
     /// Unmounts what is attached at `point` and removes the directory; succeeds when nothing is there. An image whose
@@ -283,7 +261,8 @@ impl Attacher {
             // Only the canonical form is ours: not `007`, not `7/fs`.
             let serial = name.and_then(|n| n.parse::<u64>().ok().filter(|serial| serial.to_string() == n));
             if let Some(serial) = serial {
-                found.push(Attached { serial, image: image_of(entry).map_err(at_layers)? });
+                let device = Some(PathBuf::from(&entry.source)).filter(|source| source.starts_with("/dev"));
+                found.push(Attached { serial, image: image_of(entry).map_err(at_layers)?, device });
             }
         }
         found.sort_by_key(|attached| attached.serial);
@@ -293,6 +272,83 @@ impl Attacher {
         found.reverse();
         Ok(found)
     }
+}
+
+/// See [`Attacher::attach`]; `mount` makes the mount.
+fn attach_with(
+    image: &Path,
+    point: &Path,
+    mount: impl FnOnce() -> io::Result<DetachedErofs>,
+) -> Result<(), AttachError> {
+    let at_point = |error| AttachError::at(point, error);
+    let (state, _) = mount::look(point).map_err(at_point)?;
+    match state {
+        PointState::Erofs => return require_same(image, point),
+        PointState::Other => return Err(AttachError::Occupied(point.to_owned())),
+        PointState::Directory => {}
+        PointState::Absent => DirBuilder::new().mode(0o700).create(point).map_err(at_point)?,
+    }
+    let attached = attach_at(image, point, mount);
+    if attached.is_err() && state == PointState::Absent {
+        // An empty directory does no harm, but nobody would know whose it is.
+        if let Err(error) = std::fs::remove_dir(point) {
+            tracing::warn!(point = %point.display(), %error, "cannot remove an attach point that was not used");
+        }
+    }
+    attached
+}
+
+fn attach_at(
+    image: &Path,
+    point: &Path,
+    mount: impl FnOnce() -> io::Result<DetachedErofs>,
+) -> Result<(), AttachError> {
+    mount_at(image, point, empty_directory(point)?, mount)
+}
+
+fn mount_at(
+    image: &Path,
+    point: &Path,
+    dir: OwnedFd,
+    mount: impl FnOnce() -> io::Result<DetachedErofs>,
+) -> Result<(), AttachError> {
+    let mounted = mount().map_err(|error| explain(image, error))?;
+    let refused = |source| AttachError::Refused { image: image.to_owned(), source };
+    if !mounted.has_directory(TREE).map_err(refused)? {
+        return Err(AttachError::NoTree(image.to_owned()));
+    }
+    mounted.attach(&dir).map_err(|error| AttachError::at(point, error))?;
+    require_visible(point)
+}
+
+/// Mounts an open layer image at `point` through a loop device with direct I/O, which reads ahead so many bytes; otherwise like
+/// [`Attacher::attach`]. For a file whose bytes may have to be fetched: this waits for them.
+pub fn attach_device(file: &File, name: &Path, point: &Path, read_ahead: u32) -> Result<(), AttachError> {
+    attach_with(name, point, || {
+        let device = LoopDevice::open(file, name)?;
+        // Without it one read is under way at a time, and every byte is kept three times.
+        if !device.is_direct()? {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "no direct I/O below the loop device"));
+        }
+        device.set_read_ahead(read_ahead)?;
+        DetachedErofs::mount(device.path(), ErofsIo::Default)
+    })
+}
+
+/// Whether what is at `point` is `image`.
+fn require_same(image: &Path, point: &Path) -> Result<(), AttachError> {
+    // The file of an unattached mount has no path that leads to it.
+    let path = std::fs::canonicalize(image).unwrap_or_else(|_| image.to_owned());
+    let point_path = std::fs::canonicalize(point).map_err(|error| AttachError::at(point, error))?;
+    let table = mountinfo::of_this_process().map_err(|error| AttachError::at(point, error))?;
+    let top = table.iter().rfind(|entry| entry.point == point_path);
+    let mounted = top.map(image_of).transpose().map_err(|error| AttachError::at(point, error))?;
+    // The table keeps the name that the file had when it was mounted, before it was complete.
+    let stem = |path: &Path| path.with_extension("");
+    if mounted.flatten().map(|mounted| stem(&mounted)) != Some(stem(&path)) {
+        return Err(AttachError::Occupied(point.to_owned()));
+    }
+    require_visible(point)
 }
 
 fn require_visible(point: &Path) -> Result<(), AttachError> {

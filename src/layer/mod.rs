@@ -3,6 +3,7 @@
 //! ```text
 //! <root>/layer/<serial>.part    a layer image that is being made or fetched; sparse
 //! <root>/layer/<serial>.erofs   a complete one: written, checked, synced, then renamed to this
+//! <root>/layer/<serial>.map     beside a `.part`: which of its chunks are there (see [`presence`])
 //! <root>/layer/<serial>.index   its layer index, once it is known; can always be made or fetched again
 //! <root>/layer/<serial>.new     beside a complete one until it is recorded
 //! <root>/l/<serial>             where it is attached; its tree is the directory `fs` inside, so that an attach point without
@@ -14,23 +15,28 @@
 //!
 //! **Invariants.**
 //! * A `.erofs` file is whole and durable, and is never written to again.
-//! * Only `.erofs` files are attached.
-//! * **L1** An attached layer needs neither this process nor the network.
+//! * **L1** A layer that is attached from its `.erofs` file needs neither this process nor the network.
 //!
 //! **When it fails.** What a crash leaves is a `.part` file (filled on from where it was: each chunk in it is hashed, not
-//! believed) or files of a serial that no record names, which `remove` takes away. A complete image of a Pending Id is worth
+//! believed, unless a `.map` of this boot vouches for it) or files of a serial that no record names, which `remove` takes away. A complete image of a Pending Id is worth
 //! something only if it was recorded once, that is, in a newer `metadata.db`: the `.new` file tells that it was not.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub mod attach;
 pub mod chunks;
+pub mod cold;
 pub mod fill;
+pub mod gate;
+pub mod lazy;
+pub mod presence;
 mod trial;
+pub mod work;
 
 use crate::sys::space::{self, Space};
 use attach::Attacher;
@@ -56,6 +62,17 @@ pub enum LayerError {
     /// It cannot be attached.
     #[error(transparent)]
     Attach(#[from] attach::AttachError),
+    /// A helper could not do it.
+    #[error(transparent)]
+    Helper(#[from] lazy::helper::HelperError),
+    /// What the disk holds is not what was written.
+    #[error("{path} is damaged on the disk: chunk {chunk} has other bytes")]
+    Damaged {
+        /// The layer image.
+        path: PathBuf,
+        /// Which part of it.
+        chunk: crate::chunk::ChunkId,
+    },
     /// A chunk cannot be had.
     #[error("layer {layer}: {source}")]
     Chunk {
@@ -77,6 +94,11 @@ pub enum LayerError {
 }
 
 impl LayerError {
+    /// Whether nobody answers, for now.
+    pub fn is_outage(&self) -> bool {
+        matches!(self, LayerError::Chunk { source, .. } if source.is_outage())
+    }
+
     /// Gives an I/O error its meaning.
     pub fn at(path: &Path, source: io::Error) -> LayerError {
         let path = path.to_owned();
@@ -92,20 +114,38 @@ impl LayerError {
 #[derive(Debug)]
 pub struct LayerStore {
     files: PathBuf,
-    attacher: Attacher,
+    attacher: OnceLock<Attacher>,
+    untried: Attacher,
 }
 
 impl LayerStore {
     /// Opens the store below `root`, making its directory (0700) if needed.
     pub fn open(root: &Path, attacher: Attacher) -> Result<LayerStore, LayerError> {
-        let store = LayerStore { files: root.join("layer"), attacher };
+        let store = LayerStore::at(root);
+        store.prepare(attacher)?;
+        Ok(store)
+    }
+
+    /// The store below `root`, good for reading what is there; nothing is touched before [`LayerStore::prepare`].
+    pub fn at(root: &Path) -> LayerStore {
+        let (files, untried) = (root.join("layer"), Attacher::untried(root));
+        LayerStore { files, attacher: OnceLock::new(), untried }
+    }
+
+    /// Makes it whole. To be called once, by whoever has the root to himself.
+    pub fn prepare(&self, attacher: Attacher) -> Result<(), LayerError> {
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
-            .create(&store.files)
-            .map_err(|error| LayerError::at(&store.files, error))?;
-        store.clear_temporary().map_err(|error| LayerError::at(&store.files, error))?;
-        Ok(store)
+            .create(&self.files)
+            .map_err(|error| LayerError::at(&self.files, error))?;
+        self.clear_temporary().map_err(|error| LayerError::at(&self.files, error))?;
+        self.attacher.get_or_init(|| attacher);
+        Ok(())
+    }
+
+    fn attacher(&self) -> &Attacher {
+        self.attacher.get().unwrap_or(&self.untried)
     }
 
     fn clear_temporary(&self) -> io::Result<()> {
@@ -129,6 +169,23 @@ impl LayerStore {
 
     fn index(&self, serial: u64) -> PathBuf {
         self.files.join(format!("{serial}.index"))
+    }
+
+    fn map(&self, serial: u64) -> PathBuf {
+        self.files.join(format!("{serial}.map"))
+    }
+
+    /// The file that tells which chunks of a layer image are there, made if it is not there.
+    pub fn open_map(&self, serial: u64) -> Result<File, LayerError> {
+        let path = self.map(serial);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        options.open(&path).map_err(|error| LayerError::at(&path, error))
+    }
+
+    /// A complete layer image needs no map. Of no consequence if it fails.
+    pub fn remove_map(&self, serial: u64) -> Result<(), LayerError> {
+        remove_file(&self.map(serial))
     }
 
     fn new_mark(&self, serial: u64) -> PathBuf {
@@ -241,9 +298,9 @@ impl LayerStore {
 
     /// Attaches a layer image all of whose bytes are here, durable or not; harmless when it is attached.
     pub fn attach(&self, serial: u64) -> Result<(), LayerError> {
-        let (image, part, point) = (self.image(serial), self.part(serial), self.attacher.point(serial));
+        let (image, part, point) = (self.image(serial), self.part(serial), self.attacher().point(serial));
         if !image.exists() && part.exists() {
-            match self.attacher.attach(&part, &point) {
+            match self.attacher().attach(&part, &point) {
                 // Made durable, and so renamed, between the two.
                 Err(_) if image.exists() => {}
                 attached => return Ok(attached?),
@@ -252,17 +309,28 @@ impl LayerStore {
         if !image.exists() {
             return Err(LayerError::Missing(image));
         }
-        Ok(self.attacher.attach(&image, &point)?)
+        Ok(self.attacher().attach(&image, &point)?)
+    }
+
+    /// Attaches a complete layer image over itself, without the loop device that it is attached by, where that can be: containers
+    /// that start from now on read it some 25 % quicker. Those that run keep what they have.
+    pub fn cover(&self, serial: u64) -> Result<(), LayerError> {
+        Ok(self.attacher().cover(&self.image(serial), &self.point(serial))?)
     }
 
     /// Takes a layer image away from its attach point; harmless when it is not there. What is mounted on top of it keeps it.
     pub fn detach(&self, serial: u64) -> Result<(), LayerError> {
-        Ok(self.attacher.detach(&self.attacher.point(serial))?)
+        Ok(self.attacher().detach(&self.attacher().point(serial))?)
     }
 
-    /// The serials that are attached.
-    pub fn attached(&self) -> Result<Vec<u64>, LayerError> {
-        Ok(self.attacher.attached()?.into_iter().map(|attached| attached.serial).collect())
+    /// Where a layer image is attached.
+    pub fn point(&self, serial: u64) -> PathBuf {
+        self.attacher().point(serial)
+    }
+
+    /// What is attached.
+    pub fn attached(&self) -> Result<Vec<attach::Attached>, LayerError> {
+        Ok(self.attacher().attached()?)
     }
 
     /// Detaches a layer image and removes its files; succeeds when there is nothing.
@@ -270,7 +338,13 @@ impl LayerStore {
         if self.is_complete(serial) || self.part(serial).exists() {
             self.detach(serial)?;
         }
-        let files = [self.image(serial), self.part(serial), self.index(serial), self.new_mark(serial)];
+        let files = [
+            self.image(serial),
+            self.part(serial),
+            self.map(serial),
+            self.index(serial),
+            self.new_mark(serial),
+        ];
         files.iter().try_for_each(|path| remove_file(path))
     }
 
@@ -301,7 +375,7 @@ fn inventory(files: &Path) -> Result<Vec<u64>, LayerError> {
     for entry in entries {
         let name = entry.map_err(|error| LayerError::at(files, error))?.file_name();
         let serial = name.to_str().and_then(|name| name.split_once('.')).and_then(|(n, kind)| {
-            let ours = matches!(kind, "erofs" | "part" | "index" | "new");
+            let ours = matches!(kind, "erofs" | "part" | "map" | "index" | "new");
             n.parse::<u64>().ok().filter(|serial| ours && serial.to_string() == n)
         });
         match serial {

@@ -18,6 +18,8 @@ pub struct About {
     pub root: String,
     /// How layer images are mounted here, or why they are not.
     pub layer_images: String,
+    /// Whether layers are read lazily here, or why not.
+    pub lazy: String,
     /// The publishing policy.
     pub publish_policy: String,
     /// The store as it is now.
@@ -47,6 +49,7 @@ impl ControlService {
             root: about.root.clone(),
             containerd: self.snapshotter.containerd_version(),
             layer_images: about.layer_images.clone(),
+            lazy: about.lazy.clone(),
             snapshots: self.snapshotter.snapshot_numbers(),
             layers: self.snapshotter.layer_numbers(),
             store: (about.store)(),

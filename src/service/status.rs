@@ -98,8 +98,8 @@ fn driver_code(error: &DriverError) -> Code {
 fn layer_code(error: &LayerError) -> Code {
     match error {
         LayerError::Full { .. } => Code::ResourceExhausted,
-        LayerError::Missing(_) => Code::DataLoss,
-        LayerError::Chunk { .. } => Code::Unavailable,
+        LayerError::Missing(_) | LayerError::Damaged { .. } => Code::DataLoss,
+        LayerError::Chunk { .. } | LayerError::Helper(_) => Code::Unavailable,
         LayerError::Attach(_) | LayerError::Io { .. } => Code::Internal,
     }
 }

@@ -29,7 +29,6 @@ use crate::content::{ContentError, ContentStore, Lookup};
 use crate::driver::Id;
 use crate::image::check;
 use crate::layer::LayerError;
-use crate::layer::fill::{FillProgress, Start, Target};
 use crate::oci::ChainId;
 
 /// Layers with less data than this are fetched whole before they are answered.
@@ -188,16 +187,16 @@ impl Hits {
     /// containerd is about to collect: who waits for the store gives up soon, so that the collector, and everybody behind it,
     /// does not wait for them.
     pub(super) fn hurry(&self) {
-        self.hurry.send_replace(Some(Instant::now() + HURRY));
+        self.hurry.send_replace(Some(Instant::now()));
     }
 
     /// Ends when whoever began then has no more time, because containerd's collector waits for it.
     pub(super) async fn hurried(&self, began: Instant) {
         let mut hurry = self.hurry.subscribe();
-        // Also for one that began when the news was just there: the collector may still be waiting.
-        let soon = |until: &Option<Instant>| until.is_some_and(|until| began < until);
-        let until = hurry.wait_for(soon).await.map_or(None, |until| *until);
-        tokio::time::sleep_until(until.unwrap_or(began)).await;
+        // Also for one that began when the news was just there: the collector may still be waiting. It has the same time as others.
+        let soon = |told: &Option<Instant>| told.is_some_and(|told| began < told + HURRY);
+        let told = hurry.wait_for(soon).await.map_or(None, |told| *told);
+        tokio::time::sleep_until(told.map_or(began, |told| told.max(began)) + HURRY).await;
     }
 
     /// What came of the last lookup of this chain.
@@ -311,29 +310,24 @@ impl Hits {
     }
 
     async fn fetch_metadata(&self, id: Id, index: &Arc<LayerIndex>) -> Result<(), HitError> {
+        let Some(layers) = self.layers.cold().cloned() else {
+            return Err(SnapshotError::ShuttingDown.into());
+        };
         let (store, serial) = (Arc::clone(&self.layers.store), id.serial);
-        let (bytes, size) = (index.encode(), index.facts().layout.size);
-        let path = store.image(serial);
-        let file = blocking(move || {
+        let (bytes, opened) = (index.encode(), Arc::clone(index));
+        let cold = blocking(move || {
             store.write_index(serial, &bytes)?;
-            let file = store.create(serial)?;
-            file.set_len(size).map_err(|error| LayerError::at(&store.image(serial), error))?;
-            Ok::<_, LayerError>(file)
+            store.create(serial)?;
+            layers.open(serial, || Some(opened))
         })
         .await?;
-        let file = Arc::new(file);
-        let filler = self.layers.filler(&self.content);
-        let progress = FillProgress::default();
-        let target = || Target { file: &file, path: &path, start: Start::Empty, progress: &progress };
-        // However this ends, and should it be dropped.
-        let _counted = OnDrop(|| self.layers.count(&progress));
-        filler.fill(index, index.metadata_chunks().collect(), target()).await?;
-        let (checked, layout) = (Arc::clone(&file), index.facts().layout.clone());
-        blocking(move || Ok::<_, SnapshotError>(check::check(&*checked, &layout))).await??;
+        cold.fetch(index.metadata_places()).await?;
+        let (file, layout) = (Arc::clone(cold.file()), index.facts().layout.clone());
+        blocking(move || Ok::<_, SnapshotError>(check::check(&*file, &layout))).await??;
         let data: Vec<(u64, ChunkRef)> = index.data_chunks().collect();
         let plain: u64 = data.iter().map(|(_, chunk)| u64::from(chunk.length)).sum();
         if plain < SMALL {
-            filler.fill(index, data, target()).await?;
+            cold.fetch(0..index.chunks().len()).await?;
             return Ok(());
         }
         let wanted: Vec<ChunkRef> = data
@@ -361,20 +355,8 @@ impl Hits {
         }
         let layer = used.and_then(|serial| self.meta.layer(serial));
         if let Some(layer) = layer.filter(|layer| layer.progress == Progress::Filling) {
-            // A small layer's data was fetched with its metadata: it is only hashed again.
-            let is_empty = hit.reserved == Some(layer.id) && layer.facts.bytes >= SMALL;
-            let start = if is_empty { Start::Empty } else { Start::Resumed };
-            drop(self.layers.fill(layer.id.serial, start));
+            drop(self.layers.fill(layer.id.serial));
         }
         record
-    }
-}
-
-/// Runs when it is dropped.
-struct OnDrop<F: Fn()>(F);
-
-impl<F: Fn()> Drop for OnDrop<F> {
-    fn drop(&mut self) {
-        (self.0)();
     }
 }

@@ -13,7 +13,7 @@
 //! **When it fails.** A fill that fails is reported to whoever waits for it and tried again when somebody asks again, and when
 //! the daemon starts; what was fetched stays.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -29,17 +29,14 @@ use super::locks::KeyedLocks;
 use super::metastore::{LayerRecord, MetaStore, Origin, Progress};
 use super::report::LayerReport;
 use super::stock::blocking;
+use crate::content::ContentError;
 use crate::content::index::{IndexDigest, LayerIndex, Limits};
-use crate::content::{ContentError, ContentStore};
 use crate::driver::Id;
-use crate::layer::chunks::LocalChunks;
-use crate::layer::fill::{FillProgress, Filler, Start, Target};
+use crate::layer::attach::Attached;
+use crate::layer::lazy::{self, ColdLayers, Lazy};
 use crate::layer::{LayerError, LayerStore};
 
-/// How often a fill is tried before whoever waits is told.
-const ATTEMPTS: u32 = 3;
-/// How long a fill waits before it is tried again; doubled each time.
-const PAUSE: Duration = Duration::from_millis(500);
+mod filling;
 
 /// How long a layer whose data could not be fetched is pulled instead.
 const BROKEN: Duration = Duration::from_secs(3600);
@@ -52,13 +49,13 @@ pub struct Layers {
     meta: Arc<MetaStore>,
     /// The files.
     pub store: Arc<LayerStore>,
-    local: Arc<LocalChunks>,
-    content: Option<Arc<ContentStore>>,
+    cold: Option<Arc<ColdLayers>>,
+    lazy: Option<Arc<Lazy>>,
     fills: Mutex<HashMap<u64, Arc<Fill>>>,
     /// Layer indexes whose data could not be fetched, and when.
     broken: Mutex<HashMap<[u8; 32], Instant>>,
     attach_locks: KeyedLocks<u64>,
-    attached: Mutex<HashSet<u64>>,
+    attached: Mutex<HashMap<u64, How>>,
     filled: Filled,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -69,8 +66,6 @@ pub struct Layers {
 struct Filled {
     done: AtomicU64,
     failed: AtomicU64,
-    fetched: AtomicU64,
-    shared: AtomicU64,
 }
 
 /// The same at one moment.
@@ -86,11 +81,18 @@ pub struct FillCounts {
     pub shared: u64,
 }
 
+/// How a layer image is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// From its local file.
+    Native,
+    /// From our FUSE file.
+    Lazy,
+}
+
 /// A fill that runs or has failed.
 #[derive(Debug)]
 pub struct Fill {
-    /// How far it is.
-    pub progress: FillProgress,
     state: watch::Sender<State>,
 }
 
@@ -130,12 +132,19 @@ impl FillError {
 
 impl Layers {
     /// Nothing happens yet: [`Layers::start`] does.
-    pub fn new(meta: Arc<MetaStore>, store: Arc<LayerStore>, content: Option<Arc<ContentStore>>) -> Layers {
+    ///
+    /// Without `cold` nothing can be filled, without `lazy` whatever is mounted must be complete.
+    pub fn new(
+        meta: Arc<MetaStore>,
+        store: Arc<LayerStore>,
+        cold: Option<Arc<ColdLayers>>,
+        lazy: Option<Arc<Lazy>>,
+    ) -> Layers {
         Layers {
             meta,
             store,
-            local: Arc::default(),
-            content,
+            cold,
+            lazy,
             fills: Mutex::default(),
             broken: Mutex::default(),
             attach_locks: KeyedLocks::default(),
@@ -152,7 +161,13 @@ impl Layers {
         let layers = self.meta.layers();
         let known = layers.clone();
         blocking(move || {
-            *this.attached.lock() = this.store.attached()?.into_iter().collect();
+            let how = |attached: &Attached| match attached.image.as_deref().and_then(lazy::serial_below) {
+                Some(_) => How::Lazy,
+                None => How::Native,
+            };
+            let found = this.store.attached()?;
+            this.revive(&found);
+            *this.attached.lock() = found.iter().map(|attached| (attached.serial, how(attached))).collect();
             for layer in known.iter().filter(|layer| layer.progress == Progress::Complete) {
                 // A crash may have left it. Beside lost records it would say that the image never was in any.
                 this.store.unmark_new(layer.id.serial)?;
@@ -162,16 +177,38 @@ impl Layers {
                         "a layer image is missing: snapshots on it cannot be mounted; remove the image and pull it again"
                     );
                 } else if let Some(index) = this.sidecar(layer) {
-                    this.local.add(layer.id.serial, &index);
+                    this.share(layer.id.serial, &index);
                 }
             }
             Ok::<_, LayerError>(())
         })
         .await?;
-        for layer in layers.iter().filter(|layer| layer.progress == Progress::Filling) {
-            self.fill(layer.id.serial, Start::Resumed);
+        let is_lazy = |serial: u64| self.attached.lock().get(&serial) == Some(&How::Lazy);
+        for layer in layers {
+            if layer.progress == Progress::Filling || is_lazy(layer.id.serial) {
+                self.fill(layer.id.serial);
+            }
         }
         Ok(())
+    }
+
+    /// Layer images that were attached from a connection that ended can be read again.
+    fn revive(&self, attached: &[Attached]) {
+        let Some(lazy) = self.lazy.as_ref().filter(|lazy| !lazy.is_resumed()) else { return };
+        for found in attached {
+            let is_lazy = found.image.as_deref().and_then(lazy::serial_below) == Some(found.serial);
+            if let (true, Some(device)) = (is_lazy, &found.device) {
+                match lazy.revive(found.serial, device) {
+                    Ok(()) => tracing::warn!(
+                        serial = found.serial,
+                        "reads of a layer failed while nobody served it; they work again"
+                    ),
+                    Err(error) => {
+                        tracing::error!(serial = found.serial, %error, "reads of a layer fail; restart the containers on it")
+                    }
+                }
+            }
+        }
     }
 
     /// Until `stop`; what is being filled is given up then and goes on at the next start.
@@ -182,78 +219,20 @@ impl Layers {
         self.tasks.wait().await;
     }
 
-    /// What fills layer images.
-    pub(super) fn filler(&self, content: &Arc<ContentStore>) -> Filler {
-        let (layers, local) = (Arc::clone(&self.store), Arc::clone(&self.local));
-        Filler { layers, local, content: Arc::clone(content) }
+    /// The layer images that are not wholly here, where there is a store.
+    pub(super) fn cold(&self) -> Option<&Arc<ColdLayers>> {
+        self.cold.as_ref()
     }
 
     /// Whether some complete layer image on this node has the chunk.
     pub(super) fn has_chunk(&self, id: &crate::chunk::ChunkId) -> bool {
-        self.local.contains(id)
+        self.cold.as_ref().is_some_and(|cold| cold.supply().local.contains(id))
     }
 
     /// The chunks of a complete layer image may be used for others.
     pub(super) fn share(&self, serial: u64, index: &LayerIndex) {
-        self.local.add(serial, index);
-    }
-
-    /// Begins to fill, unless that is going on.
-    pub(super) fn fill(self: &Arc<Self>, serial: u64, start: Start) -> Arc<Fill> {
-        let mut fills = self.fills.lock();
-        if let Some(fill) = fills.get(&serial)
-            && !matches!(*fill.state.borrow(), State::Failed(_))
-        {
-            return Arc::clone(fill);
-        }
-        let fill =
-            Arc::new(Fill { progress: FillProgress::default(), state: watch::Sender::new(State::Running) });
-        fills.insert(serial, Arc::clone(&fill));
-        let (this, mine) = (Arc::clone(self), Arc::clone(&fill));
-        self.tasks.spawn(async move {
-            let stop = this.stop.clone();
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = this.run_fill(serial, start, &mine) => {}
-            }
-        });
-        fill
-    }
-
-    async fn run_fill(&self, serial: u64, mut start: Start, fill: &Fill) {
-        let mut pause = PAUSE;
-        for attempt in 1..=ATTEMPTS {
-            match self.try_fill(serial, start, fill).await {
-                Ok(()) => {
-                    self.count(&fill.progress);
-                    self.filled.done.fetch_add(1, Ordering::Relaxed);
-                    fill.state.send_replace(State::Done);
-                    self.fills.lock().remove(&serial);
-                    return;
-                }
-                Err(error) if attempt == ATTEMPTS || self.meta.layer(serial).is_none() => {
-                    let text = error.problem();
-                    self.count(&fill.progress);
-                    self.filled.failed.fetch_add(1, Ordering::Relaxed);
-                    tracing::error!(serial, error = text, "a layer cannot be fetched from the store");
-                    self.keep_broken(serial);
-                    fill.state.send_replace(State::Failed(text.into()));
-                    return;
-                }
-                Err(error) => tracing::warn!(serial, %error, "fetching a layer failed; trying again"),
-            }
-            tokio::time::sleep(pause).await;
-            pause *= 2;
-            start = Start::Resumed;
-        }
-    }
-
-    fn keep_broken(&self, serial: u64) {
-        let Some(index) = self.meta.layer(serial).and_then(|layer| layer.index) else { return };
-        let mut broken = self.broken.lock();
-        broken.retain(|_, since| since.elapsed() < BROKEN);
-        if broken.len() < MOST_BROKEN {
-            broken.insert(index, Instant::now());
+        if let Some(cold) = &self.cold {
+            cold.supply().local.add(serial, index);
         }
     }
 
@@ -263,53 +242,11 @@ impl Layers {
         self.broken.lock().get(index).is_some_and(|since| since.elapsed() < BROKEN)
     }
 
-    async fn try_fill(&self, serial: u64, start: Start, fill: &Fill) -> Result<(), FillError> {
-        let content = self.content.as_ref().ok_or(FillError::NoStore)?;
-        let Some(layer) = self.meta.layer(serial) else {
-            return Err(SnapshotError::LayerGone { serial }.into());
-        };
-        let index = match self.sidecar(&layer) {
-            Some(index) => index,
-            None => {
-                let digest = layer.index.ok_or(FillError::NoIndex)?;
-                content.index(IndexDigest::from_bytes(digest)).await?
-            }
-        };
-        if !self.store.is_complete(serial) {
-            let file = Arc::new(self.store.reopen(serial)?);
-            let path = self.store.image(serial);
-            file.set_len(layer.facts.layout.size).map_err(|error| LayerError::at(&path, error))?;
-            // The metadata of an empty start was written and checked before the layer was recorded.
-            let chunks = match start {
-                Start::Empty => index.data_chunks().collect(),
-                Start::Resumed => index.chunks().collect(),
-            };
-            let target = Target { file: &file, path: &path, start, progress: &fill.progress };
-            self.filler(content).fill(&index, chunks, target).await?;
-            // Checked bytes in the page cache are as good as any for a container that starts now: only the record, which says that
-            // nothing need be hashed after a crash, waits for the disk.
-            fill.state.send_replace(State::Usable);
-            let store = Arc::clone(&self.store);
-            blocking(move || store.complete(serial, &file)).await?;
-        }
-        self.local.add(serial, &index);
-        let bytes = |counted: &AtomicU64| counted.load(Ordering::Relaxed);
-        let (fetched, shared) = (bytes(&fill.progress.fetched), bytes(&fill.progress.shared));
-        self.meta.completed(serial, fetched, shared).await?;
-        Ok(())
-    }
-
-    /// Adds what was fetched to what is counted; once for each progress.
-    pub(super) fn count(&self, progress: &FillProgress) {
-        self.filled.fetched.fetch_add(progress.fetched.load(Ordering::Relaxed), Ordering::Relaxed);
-        self.filled.shared.fetch_add(progress.shared.load(Ordering::Relaxed), Ordering::Relaxed);
-    }
-
-    /// What was filled since the daemon started; bytes when the fill is over.
+    /// What was filled since the daemon started.
     pub fn fill_counts(&self) -> FillCounts {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let Filled { done, failed, fetched, shared } = &self.filled;
-        FillCounts { done: read(done), failed: read(failed), fetched: read(fetched), shared: read(shared) }
+        let (fetched, shared) = self.cold.as_ref().map_or((0, 0), |cold| cold.supply().counts.read());
+        FillCounts { done: read(&self.filled.done), failed: read(&self.filled.failed), fetched, shared }
     }
 
     /// The layer index kept beside an image, if it is the recorded one.
@@ -322,40 +259,48 @@ impl Layers {
         LayerIndex::decode(&bytes, Limits::default()).ok()
     }
 
-    /// How far the fill of a layer image is, if it runs or has failed.
-    pub fn filling(&self, serial: u64) -> Option<(Arc<Fill>, Option<String>)> {
-        let fill = self.fills.lock().get(&serial).cloned()?;
-        let failed = match &*fill.state.borrow() {
+    /// Why the last fill of a layer image failed, if it did.
+    pub fn failed(&self, serial: u64) -> Option<String> {
+        match &*self.fills.lock().get(&serial)?.state.borrow() {
             State::Failed(problem) => Some(problem.to_string()),
             _ => None,
-        };
-        Some((fill, failed))
+        }
     }
 
-    /// Waits until all of them are complete, then attaches them. Every failure names the layer.
+    /// Attaches them, complete or, where that can be, lazily. Every failure names the layer.
     pub async fn ready(self: &Arc<Self>, layers: &[Id]) -> Result<(), SnapshotError> {
-        self.filled(layers).await?;
+        self.readable(layers).await?;
         self.attach(layers).await
     }
 
-    /// Waits until all of them are complete.
-    pub(super) async fn filled(self: &Arc<Self>, layers: &[Id]) -> Result<(), SnapshotError> {
+    /// Waits until all of them can be attached.
+    pub(super) async fn readable(self: &Arc<Self>, layers: &[Id]) -> Result<(), SnapshotError> {
         for id in layers {
-            self.wait(id.serial).await?;
+            if !self.can_be_lazy(id.serial) {
+                self.wait(id.serial).await?;
+            }
         }
         Ok(())
     }
 
-    /// Whether all of them can be attached.
+    /// Whether all of them can be attached at once, without asking anybody.
     pub fn are_usable(&self, layers: &[Id]) -> bool {
-        let complete = |id: &Id| self.meta.layer(id.serial).is_some_and(|l| l.progress == Progress::Complete);
-        let usable = |id: &Id| {
-            self.fills
-                .lock()
-                .get(&id.serial)
-                .is_some_and(|fill| matches!(*fill.state.borrow(), State::Usable))
-        };
-        layers.iter().all(|id| complete(id) || usable(id))
+        layers.iter().all(|id| self.is_whole(id.serial))
+    }
+
+    /// Whether all bytes are here, durable or not.
+    fn is_whole(&self, serial: u64) -> bool {
+        let usable = |fill: &Arc<Fill>| matches!(*fill.state.borrow(), State::Usable);
+        self.meta.layer(serial).is_some_and(|layer| layer.progress == Progress::Complete)
+            || self.fills.lock().get(&serial).is_some_and(usable)
+    }
+
+    /// Whether it can be read although it is not here: its data is known not to be out of reach.
+    fn can_be_lazy(&self, serial: u64) -> bool {
+        let lazy = self.lazy.as_ref().is_some_and(|lazy| !lazy.has_ended());
+        let failed = |fill: &Arc<Fill>| matches!(*fill.state.borrow(), State::Failed(_));
+        lazy && !self.fills.lock().get(&serial).is_some_and(failed)
+            && self.meta.layer(serial).is_some_and(|layer| layer.progress == Progress::Filling)
     }
 
     async fn wait(self: &Arc<Self>, serial: u64) -> Result<(), SnapshotError> {
@@ -363,7 +308,7 @@ impl Layers {
         if layer.progress == Progress::Complete {
             return Ok(());
         }
-        let fill = self.fill(serial, Start::Resumed);
+        let fill = self.fill(serial);
         let mut state = fill.state.subscribe();
         let ended = state.wait_for(|state| !matches!(state, State::Running)).await;
         let ended = ended.map_err(|_| SnapshotError::ShuttingDown)?.clone();
@@ -379,41 +324,60 @@ impl Layers {
     async fn attach(self: &Arc<Self>, layers: &[Id]) -> Result<(), SnapshotError> {
         let missing = {
             let attached = self.attached.lock();
-            layers.iter().map(|id| id.serial).filter(|serial| !attached.contains(serial)).collect::<Vec<_>>()
+            layers
+                .iter()
+                .map(|id| id.serial)
+                .filter(|serial| !attached.contains_key(serial))
+                .collect::<Vec<_>>()
         };
         for serial in missing {
             let lock = self.attach_locks.of(serial);
             let _held = lock.lock().await;
-            if self.attached.lock().contains(&serial) {
+            if self.attached.lock().contains_key(&serial) {
                 continue;
             }
-            let store = Arc::clone(&self.store);
-            blocking(move || store.attach(serial)).await?;
-            self.attached.lock().insert(serial);
+            let how = if self.is_whole(serial) { How::Native } else { How::Lazy };
+            let this = Arc::clone(self);
+            blocking(move || this.attach_now(serial, how)).await?;
+            self.attached.lock().insert(serial, how);
         }
         Ok(())
     }
 
+    fn attach_now(&self, serial: u64, how: How) -> Result<(), SnapshotError> {
+        match (how, &self.lazy) {
+            (How::Lazy, Some(lazy)) => {
+                let attached = lazy.attach(serial, &self.store.point(serial));
+                Ok(attached.map_err(LayerError::from)?)
+            }
+            _ => Ok(self.store.attach(serial)?),
+        }
+    }
+
+    fn detach_now(&self, serial: u64, how: How) -> Result<(), LayerError> {
+        match (how, &self.lazy) {
+            (How::Lazy, Some(lazy)) => Ok(lazy.detach(&self.store.point(serial))?),
+            _ => self.store.detach(serial),
+        }
+    }
+
     /// Detaches what lies below no active snapshot and no view.
     pub(super) async fn detach_unused(self: &Arc<Self>) {
-        let attached: Vec<u64> = self.attached.lock().iter().copied().collect();
-        if attached.is_empty() {
-            return;
-        }
+        let attached: Vec<u64> = self.attached.lock().keys().copied().collect();
         for serial in attached {
             let lock = self.attach_locks.of(serial);
             let _held = lock.lock().await;
             // In this order: whoever still found it attached has recorded a snapshot by now, which keeps it; whoever does
             // not waits for the lock and attaches it again.
-            self.attached.lock().remove(&serial);
+            let Some(how) = self.attached.lock().remove(&serial) else { continue };
             if self.meta.layers_in_use().contains(&serial) {
-                self.attached.lock().insert(serial);
+                self.attached.lock().insert(serial, how);
                 continue;
             }
-            let store = Arc::clone(&self.store);
-            if let Err(error) = blocking(move || store.detach(serial)).await {
+            let this = Arc::clone(self);
+            if let Err(error) = blocking(move || this.detach_now(serial, how)).await {
                 tracing::warn!(serial, %error, "cannot detach a layer image yet; it will be tried again");
-                self.attached.lock().insert(serial);
+                self.attached.lock().insert(serial, how);
             }
         }
     }
@@ -449,28 +413,48 @@ impl Layers {
         }
         tracing::info!(layers = chosen.len(), bytes = freed, "removing layer images that nobody uses");
         for serial in &chosen {
-            self.local.forget(*serial);
+            if let Some(cold) = &self.cold {
+                cold.supply().local.forget(*serial);
+            }
             self.fills.lock().remove(serial);
         }
         self.meta.evict(chosen).await
+    }
+
+    /// What was read through us since the daemon started.
+    pub fn lazy_counts(&self) -> lazy::session::Numbers {
+        self.lazy.as_ref().map(|lazy| lazy.counts().numbers()).unwrap_or_default()
+    }
+
+    /// Ends what is under way for readers: the next process goes on with it.
+    pub async fn end_reads(&self) {
+        if let Some(cold) = &self.cold {
+            cold.work().end().await;
+        }
+    }
+
+    /// Whether some container may read through us.
+    pub fn has_lazy(&self) -> bool {
+        self.attached.lock().values().any(|how| *how == How::Lazy)
     }
 
     /// What people are told of a layer image; `claims` as the records have them. Blocking.
     pub fn report(&self, layer: &LayerRecord, claims: usize) -> LayerReport {
         let serial = layer.id.serial;
         let data = layer.facts.bytes.max(1);
+        let how = self.attached.lock().get(&serial).copied();
         let (mut state, mut percent, mut problem) = ("complete", 100, None);
         let (mut fetched, mut shared) = (layer.fetched, layer.shared);
         if layer.progress == Progress::Filling {
             (state, percent) = ("filling", 0);
-            if let Some((fill, failed)) = self.filling(serial) {
-                let there = (fill.progress.present().min(data) * 99 / data).min(99);
+            if let Some(cold) = self.cold.as_ref().and_then(|cold| cold.get(serial)) {
+                let there = (cold.progress.present().min(data) * 99 / data).min(99);
                 percent = u8::try_from(there).unwrap_or(0);
-                fetched = fill.progress.fetched.load(Ordering::Relaxed);
-                shared = fill.progress.shared.load(Ordering::Relaxed);
-                state = if failed.is_some() { "failed" } else { "filling" };
-                problem = failed;
+                fetched = cold.progress.fetched.load(Ordering::Relaxed);
+                shared = cold.progress.shared.load(Ordering::Relaxed);
             }
+            problem = self.failed(serial);
+            state = if problem.is_some() { "failed" } else { state };
         } else if !self.store.is_complete(serial) {
             (state, percent, problem) = ("failed", 0, Some("its file is missing".to_owned()));
         }
@@ -486,7 +470,8 @@ impl Layers {
             shared,
             inodes: layer.facts.inodes,
             snapshots: claims,
-            attached: self.attached.lock().contains(&serial),
+            attached: how.is_some(),
+            lazy: how == Some(How::Lazy),
             published: layer.published.is_some(),
             used: layer.used.0 / 1_000_000_000,
         }
@@ -494,7 +479,13 @@ impl Layers {
 
     /// Frees the files of a layer image. Blocking.
     pub(super) fn free(&self, serial: u64) -> Result<(), LayerError> {
-        self.attached.lock().remove(&serial);
+        let how = self.attached.lock().remove(&serial);
+        if how == Some(How::Lazy) {
+            self.detach_now(serial, How::Lazy)?;
+        }
+        if let Some(cold) = &self.cold {
+            cold.close(serial);
+        }
         self.store.remove(serial)
     }
 }

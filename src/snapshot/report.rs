@@ -15,6 +15,9 @@ pub struct StatusReport {
     pub containerd: Option<String>,
     /// How layer images are mounted here, or why they are not.
     pub layer_images: String,
+    /// Whether containers start before their layers are here: `on`, `off`, or why they do not.
+    #[serde(default)]
+    pub lazy: String,
     /// Numbers of snapshots.
     pub snapshots: SnapshotNumbers,
     /// Numbers of layer images.
@@ -51,6 +54,9 @@ pub struct LayerNumbers {
     pub unclaimed: usize,
     /// Those that are mounted.
     pub attached: usize,
+    /// Those of them that are read through this daemon, because not all of them is here.
+    #[serde(default)]
+    pub lazy: usize,
     /// What their files take on disk.
     pub bytes: u64,
 }
@@ -133,6 +139,9 @@ pub struct LayerReport {
     pub snapshots: usize,
     /// Whether it is mounted.
     pub attached: bool,
+    /// Whether it is mounted and read through this daemon; else nothing of it passes through a process of ours (*native*).
+    #[serde(default)]
+    pub lazy: bool,
     /// Whether it is known to be durable in the store.
     pub published: bool,
     /// When a snapshot last began to use it, seconds since 1970 UTC.

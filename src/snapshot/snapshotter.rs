@@ -451,7 +451,8 @@ impl Snapshotter {
     /// is awaited here: the answer's lowerdirs do not exist then, and a mount of them fails.
     async fn attach_early(&self, record: &Record, stack: &Stack) {
         let Some(layers) = self.remote.layers.as_ref().filter(|_| !stack.layers.is_empty()) else { return };
-        let attached = match layers.are_usable(&stack.layers) {
+        let attached = match layers.are_usable(&stack.layers) || record.info.kind == Kind::View {
+            // For a view the data was waited for, unless it is read lazily.
             true => layers.ready(&stack.layers).await,
             // Another differ reads the attributes of directories from what lies below.
             false if record.info.labels.contains_key(remote::LABEL_REF) => {
@@ -480,7 +481,7 @@ impl Snapshotter {
             tokio::time::sleep(self.policy.lookup_deadline).await;
         };
         tokio::select! {
-            filled = layers.filled(&below.layers) => return filled,
+            readable = layers.readable(&below.layers) => return readable,
             () = collected => {}
             () = tokio::time::sleep(VIEW_WAIT) => {}
         }

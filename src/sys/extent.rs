@@ -52,6 +52,33 @@ pub fn copy_range(from: &File, from_at: u64, to: &File, to_at: u64, length: u64)
     Ok(true)
 }
 
+/// Opens a file once more, whatever its name is by now, for [`read_direct`]: past the page cache, where its file system can.
+pub fn open_direct(file: &File) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let mut options = std::fs::OpenOptions::new();
+    match options.read(true).custom_flags(libc::O_DIRECT).open(&path) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => File::open(&path),
+        opened => opened,
+    }
+}
+
+/// Reads `length` bytes from `offset` on, both multiples of 4096, into memory that suits direct I/O, and has `look` look at them.
+pub fn read_direct<T>(
+    file: &File,
+    offset: u64,
+    length: usize,
+    look: impl FnOnce(&[u8]) -> T,
+) -> io::Result<T> {
+    use std::os::unix::fs::FileExt;
+    const ALIGNED: usize = 4096;
+    let mut bytes = vec![0; length + ALIGNED];
+    let start = bytes.as_ptr().align_offset(ALIGNED);
+    let place = bytes.get_mut(start..start + length).ok_or(io::ErrorKind::InvalidInput)?;
+    file.read_exact_at(place, offset)?;
+    Ok(look(place))
+}
+
 /// Gives the blocks of a range back; it then reads as zeros. The file keeps its length. `false` where the file system
 /// cannot.
 pub fn punch(file: &File, range: Range<u64>) -> io::Result<bool> {

@@ -1,66 +1,100 @@
-//! The kernel's list of FUSE connections (fusectl): ending one that nobody serves any more.
+//! The descriptor of a FUSE connection, and a mount of it that no path leads to (fuse(4), `fsopen`, `fsmount`).
+//!
+//! **What.** [`open`] makes a connection, [`mount`] a file system on it; [`Mount::open`] opens a file of it. What is said on the
+//! connection is [`crate::layer::lazy`]'s.
+//!
+//! **Words.** *unattached*: in nobody's mount table, so that `df` and node exporters never wait for us.
+//!
+//! **Invariants.** A connection ends when its last descriptor is closed: every read that waits then fails.
+//!
+//! **When it fails.** ENOENT or ENODEV: this kernel has no FUSE. Calls on the mounted file system wait for whoever serves the
+//! connection, and cannot be killed while that is dead: only a helper process may make them.
 
+use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::mount::MountFlags;
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
+    fsmount, fsopen,
+};
 
-/// Where the kernel's list is.
-pub const CONNECTIONS: &str = "/sys/fs/fuse/connections";
-
-/// What came of an abort.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Aborted {
-    /// The connection is at its end: who waits for it gets an error, and so does everybody who asks later.
-    Yes,
-    /// There is no such connection, or no such list.
-    NoSuchConnection,
+/// A new connection, which nothing is mounted on yet.
+pub fn open() -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    Ok(rustix::fs::open("/dev/fuse", flags, Mode::empty())?)
 }
 
-/// Ends the FUSE connection of this number. `connections` is [`CONNECTIONS`], or another directory in tests.
-pub fn abort(connections: &Path, number: u32) -> io::Result<Aborted> {
-    match std::fs::OpenOptions::new().write(true).open(connections.join(number.to_string()).join("abort")) {
-        Ok(mut file) => {
-            io::Write::write_all(&mut file, b"1")?;
-            Ok(Aborted::Yes)
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Aborted::NoSuchConnection),
-        Err(error) => Err(error),
+/// Mounts a read-only file system of root's on the connection, unattached. Its first request (`FUSE_INIT`) is on the connection
+/// when this returns; nobody need have answered it.
+pub fn mount(connection: &OwnedFd) -> io::Result<Mount> {
+    let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&context, "source", "speedy")?;
+    fsconfig_set_string(&context, "fd", connection.as_raw_fd().to_string())?;
+    for (key, value) in [("rootmode", "40000"), ("user_id", "0"), ("group_id", "0")] {
+        fsconfig_set_string(&context, key, value)?;
+    }
+    fsconfig_set_flag(&context, "ro")?;
+    fsconfig_create(&context)?;
+    let flags = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    Ok(Mount { root: fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags)? })
+}
+
+/// An unattached mount; it is gone when this and every open file of it are closed.
+#[derive(Debug)]
+pub struct Mount {
+    root: OwnedFd,
+}
+
+impl Mount {
+    /// The mount that this descriptor was made for by [`mount`], in an earlier process perhaps.
+    pub fn from_fd(root: OwnedFd) -> Mount {
+        Mount { root }
+    }
+
+    /// The descriptor, to be kept by somebody.
+    pub fn into_fd(self) -> OwnedFd {
+        self.root
+    }
+
+    /// Opens a file at the root of it for reading. May wait for whoever serves the connection.
+    pub fn open(&self, name: &str) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(&self.root, name, flags, Mode::empty())?.into())
+    }
+
+    /// The device number of its files, as stat(2) and loop devices have it. Asks nobody.
+    pub fn device(&self) -> io::Result<u64> {
+        let found = self.stat()?;
+        Ok(rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor))
+    }
+
+    /// The number of the connection: that of its directory in `/sys/fs/fuse/connections`. Asks nobody.
+    pub fn connection(&self) -> io::Result<u32> {
+        Ok(self.stat()?.stx_dev_minor)
+    }
+
+    fn stat(&self) -> io::Result<rustix::fs::Statx> {
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        Ok(rustix::fs::statx(&self.root, "", flags, StatxFlags::INO)?)
     }
 }
 
-/// Makes the list visible where the system has not done so. `false`: it was already.
-pub fn mount_list(connections: &Path) -> io::Result<bool> {
-    let nothing_shown = std::fs::read_dir(connections)?.next().is_none();
-    if nothing_shown {
-        // EBUSY: mounted already, and there is no connection.
-        match rustix::mount::mount(
-            "fusectl",
-            connections,
-            "fusectl",
-            MountFlags::empty(),
-            None::<&std::ffi::CStr>,
-        ) {
-            Ok(()) => return Ok(true),
-            Err(rustix::io::Errno::BUSY) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+impl AsFd for Mount {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
     }
-    Ok(false)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_abort_writes_to_the_connections_file() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(abort(dir.path(), 51).unwrap(), Aborted::NoSuchConnection);
-        std::fs::create_dir(dir.path().join("51")).unwrap();
-        std::fs::write(dir.path().join("51/abort"), "").unwrap();
-        assert_eq!(abort(dir.path(), 51).unwrap(), Aborted::Yes);
-        assert_eq!(std::fs::read(dir.path().join("51/abort")).unwrap(), b"1");
-        assert_eq!(abort(&dir.path().join("absent"), 51).unwrap(), Aborted::NoSuchConnection);
+/// Writes one message. ENOENT: the request that it answers is gone, because its reader is or because it was answered before.
+pub fn write(connection: &OwnedFd, parts: &[io::IoSlice<'_>]) -> io::Result<()> {
+    let expected: usize = parts.iter().map(|part| part.len()).sum();
+    match rustix::io::writev(connection, parts)? {
+        written if written == expected => Ok(()),
+        _ => Err(io::ErrorKind::WriteZero.into()),
     }
 }

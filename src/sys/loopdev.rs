@@ -1,7 +1,7 @@
 //! Loop devices: a file as a read-only block device (loop(4), `LOOP_CONFIGURE` of Linux 5.8).
 //!
 //! **What.** [`LoopDevice::open`] takes a free device, puts a file below it and hands back an open descriptor;
-//! [`backing_file`] tells what is below a device.
+//! [`LoopDevice::change`] puts another file below one under a live mount; [`backing_file`] tells what is below a device.
 //!
 //! **Words.** *autoclear*: the kernel takes the file away when the last user of the device is gone, be it a descriptor or
 //! a mount.
@@ -21,7 +21,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
+const LOOP_CHANGE_FD: libc::c_ulong = 0x4c06;
+const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
+const LOOP_SET_DIRECT_IO: libc::c_ulong = 0x4c08;
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
+/// `BLKRASET` of `linux/fs.h`.
+const BLKRASET: libc::c_ulong = 0x1262;
+/// What `BLKRASET` counts in.
+const SECTOR: u32 = 512;
 const READ_ONLY: u32 = 1;
 const AUTOCLEAR: u32 = 4;
 const DIRECT_IO: u32 = 16;
@@ -98,9 +105,76 @@ impl LoopDevice {
         Ok(LoopDevice { path, device: device.into() })
     }
 
+    /// A device that has a file below it already. It cannot lose it while this is open.
+    pub fn existing(path: &Path) -> io::Result<LoopDevice> {
+        let device = OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC).open(path)?;
+        Ok(LoopDevice { path: path.to_owned(), device: device.into() })
+    }
+
     /// `/dev/loopN`.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Device and inode numbers of the file below. The kernel asks that file's file system.
+    pub fn below(&self) -> io::Result<(u64, u64)> {
+        let mut info = LoopInfo::empty();
+        // SAFETY: `info` is the structure that the request fills, and the descriptor is open during the call.
+        let done = unsafe { libc::ioctl(self.device.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) };
+        if done < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok((info.device, info.inode))
+    }
+
+    /// Puts another file of the same length below, under whatever is mounted (`LOOP_CHANGE_FD`). Reads that have begun end on the
+    /// old file first: this waits for them, and whoever waits here cannot be killed.
+    pub fn change(&self, file: &File) -> io::Result<()> {
+        // SAFETY: the request takes a descriptor as its argument, which is open during the call.
+        let done = unsafe { libc::ioctl(self.device.as_raw_fd(), LOOP_CHANGE_FD, file.as_raw_fd()) };
+        if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Asks for direct I/O; whether it is used is what [`LoopDevice::is_direct`] says.
+    pub fn set_direct(&self) -> io::Result<()> {
+        // SAFETY: the request takes a number as its argument.
+        let done = unsafe { libc::ioctl(self.device.as_raw_fd(), LOOP_SET_DIRECT_IO, 1 as libc::c_ulong) };
+        if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Whether the file below is read past the page cache.
+    pub fn is_direct(&self) -> io::Result<bool> {
+        let name = self.path.file_name().unwrap_or_default();
+        let text = std::fs::read_to_string(Path::new("/sys/block").join(name).join("loop/dio"))?;
+        Ok(text.trim() == "1")
+    }
+
+    /// How far a file system on it reads ahead, in bytes.
+    pub fn set_read_ahead(&self, bytes: u32) -> io::Result<()> {
+        // SAFETY: the request takes a number as its argument.
+        let done =
+            unsafe { libc::ioctl(self.device.as_raw_fd(), BLKRASET, libc::c_ulong::from(bytes / SECTOR)) };
+        if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+impl LoopInfo {
+    fn empty() -> LoopInfo {
+        LoopInfo {
+            device: 0,
+            inode: 0,
+            rdevice: 0,
+            offset: 0,
+            size_limit: 0,
+            number: 0,
+            encrypt_type: 0,
+            encrypt_key_size: 0,
+            flags: 0,
+            file_name: [0; 64],
+            crypt_name: [0; 64],
+            encrypt_key: [0; 32],
+            init: [0; 2],
+        }
     }
 }
 
@@ -116,21 +190,7 @@ fn config(file: &File, name: &Path) -> io::Result<LoopConfig> {
     let bytes = name.as_os_str().as_bytes();
     let shown = &bytes[bytes.len().saturating_sub(63)..];
     file_name[..shown.len()].copy_from_slice(shown);
-    let info = LoopInfo {
-        device: 0,
-        inode: 0,
-        rdevice: 0,
-        offset: 0,
-        size_limit: 0,
-        number: 0,
-        encrypt_type: 0,
-        encrypt_key_size: 0,
-        flags: READ_ONLY | AUTOCLEAR | DIRECT_IO,
-        file_name,
-        crypt_name: [0; 64],
-        encrypt_key: [0; 32],
-        init: [0; 2],
-    };
+    let info = LoopInfo { flags: READ_ONLY | AUTOCLEAR | DIRECT_IO, file_name, ..LoopInfo::empty() };
     let fd = u32::try_from(file.as_raw_fd()).map_err(io::Error::other)?;
     Ok(LoopConfig { fd, block_size: BLOCK, info, reserved: [0; 8] })
 }

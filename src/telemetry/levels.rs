@@ -44,6 +44,14 @@ pub struct LayerLevels {
     pub unclaimed: u64,
     /// Those that are mounted.
     pub attached: u64,
+    /// Those of them that are read through this process.
+    pub lazy: u64,
+    /// Reads of these, by outcome.
+    pub lazy_reads: Parts,
+    /// Bytes they were answered with.
+    pub lazy_bytes: u64,
+    /// Requests that an earlier process had taken and not answered.
+    pub taken_over: u64,
     /// What their files take.
     pub bytes: u64,
     /// Fills that ended, by outcome.
@@ -148,6 +156,17 @@ impl Page<'_> {
         self.gauges("layers", "Layer images on this node, by state", "state", &layers.states)?;
         self.gauge("layers_unclaimed", "Layer images that no snapshot uses", None, layers.unclaimed)?;
         self.gauge("layers_attached", "Layer images that are mounted", None, layers.attached)?;
+        self.gauge("layers_lazy", "Layer images that are read through this process", None, layers.lazy)?;
+        self.counters(
+            "lazy_reads",
+            "Reads of layer images that are not all here, by outcome",
+            None,
+            "outcome",
+            &layers.lazy_reads,
+        )?;
+        self.counter("lazy_read", "Answered to these reads", Some(&Unit::Bytes), layers.lazy_bytes)?;
+        let taken_over = "Reads that an earlier process had taken and not answered";
+        self.counter("lazy_taken_over", taken_over, None, layers.taken_over)?;
         self.gauge("layers", "Allocated by layer images", Some(&Unit::Bytes), layers.bytes)?;
         self.counters("fills", "Layer images filled, by outcome", None, "outcome", &layers.fills)?;
         let filled = "Plain bytes of layer images, by where they came from";

@@ -22,7 +22,7 @@ async fn apply(root: &Path, name: &str, limits: Limits, tar: Vec<u8>) -> Result<
     let meta = Arc::new(MetaStore::open(root, "overlayfs").unwrap());
     let driver: Arc<dyn Driver> = Arc::new(Overlay::open(root, OverlayOptions::default()).unwrap());
     let store = Arc::new(LayerStore::open(root, Attacher::untried(root)).unwrap());
-    let layers = Arc::new(Layers::new(Arc::clone(&meta), store, None));
+    let layers = Arc::new(Layers::new(Arc::clone(&meta), store, None, None));
     let id = meta.reserve(1).await.unwrap()[0];
     driver.reserve(&[id]).unwrap();
     let (kind, labels) = (Kind::Active, no_labels());

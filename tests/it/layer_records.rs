@@ -251,7 +251,7 @@ fn an_image_that_was_never_recorded_is_garbage_at_the_next_start() {
     let dir = tempfile::tempdir().unwrap();
     let meta = Arc::new(MetaStore::open(dir.path(), "memory").unwrap());
     let store = Arc::new(LayerStore::open(dir.path(), Attacher::untried(dir.path())).unwrap());
-    let layers = Arc::new(Layers::new(Arc::clone(&meta), Arc::clone(&store), None));
+    let layers = Arc::new(Layers::new(Arc::clone(&meta), Arc::clone(&store), None, None));
     runtime().block_on(async {
         let (killed, newer, half) = (reserve(&meta).await, reserve(&meta).await, reserve(&meta).await);
         store.mark_new(killed.serial).unwrap();

@@ -10,6 +10,8 @@ mod below;
 mod check;
 mod chunks;
 mod cli;
+#[path = "../cold/mod.rs"]
+mod cold;
 mod content;
 mod drivers;
 mod faults;
@@ -24,6 +26,7 @@ mod maker;
 mod metadata;
 mod model;
 mod objects;
+mod reads;
 mod s3;
 mod suite;
 mod support;

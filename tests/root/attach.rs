@@ -134,8 +134,9 @@ fn an_image_is_attached_read_and_detached_both_ways() {
         attacher.attach(&image, &point).unwrap();
         assert_eq!(root.mounts(), vec![point.clone()]);
         let image_path = fs::canonicalize(&image).unwrap();
-        let attached = Attached { serial: 7, image: Some(image_path) };
-        assert_eq!(attacher.attached().unwrap(), [attached]);
+        let [Attached { serial, image: below, device }] = &attacher.attached().unwrap()[..] else { panic!() };
+        assert_eq!((*serial, below), (7, &Some(image_path)));
+        assert_eq!(device.is_some(), mode == Mode::Loop);
 
         let fs_dir = point.join("fs");
         assert_eq!(fs::read_to_string(fs_dir.join("etc/a")).unwrap(), "a".repeat(3000));
@@ -160,6 +161,31 @@ fn an_image_is_attached_read_and_detached_both_ways() {
         attacher.detach(&point).unwrap();
         root.require_no_loops();
     }
+}
+
+/// What is attached through a loop device is covered by a mount of the file: who looks there next has that, who is there keeps his.
+#[test]
+fn a_loop_device_is_covered_under_whoever_uses_it() {
+    let root = Root::new();
+    let image = root.image("a.erofs", &layer("a"));
+    let point = root.attacher(Mode::Loop).point(7);
+    root.attacher(Mode::Loop).attach(&image, &point).unwrap();
+    let overlay = Mounted::overlay(&root, &[point.join("fs")], "one");
+    let file = fs::File::open(overlay.0.join("etc/a")).unwrap();
+    let attacher = root.attacher(Mode::FileBacked);
+    attacher.cover(&image, &point).unwrap();
+    assert_eq!(attacher.attached().unwrap()[0].device, None);
+    assert_eq!(std::io::read_to_string(&file).unwrap(), "a".repeat(3000));
+    assert_eq!(fs::read_to_string(point.join("fs/etc/a")).unwrap(), "a".repeat(3000));
+    let other = Mounted::overlay(&root, &[point.join("fs")], "two");
+    attacher.detach(&point).unwrap();
+    assert!(!point.exists());
+    for overlay in [&overlay, &other] {
+        assert_eq!(fs::read_to_string(overlay.0.join("etc/shared")).unwrap(), "a");
+    }
+    assert_eq!(root.loops().len(), 1);
+    drop((file, overlay));
+    root.require_no_loops();
 }
 
 #[test]

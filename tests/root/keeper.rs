@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::mount::{MountFlags, UnmountFlags};
 use speedy::keeper::client::Keeper;
 use speedy::keeper::protocol::Name;
-use speedy::sys::fuse::CONNECTIONS;
+use speedy::sys::fusectl::CONNECTIONS;
 
 use crate::process::require_root;
 

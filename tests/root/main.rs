@@ -6,12 +6,15 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic anywhere and say what it did")]
 
 mod attach;
+#[path = "../cold/mod.rs"]
+mod cold;
 mod crash;
 mod extract;
 mod image;
 mod keeper;
 #[path = "../layers/mod.rs"]
 mod layers;
+mod lazy;
 #[path = "../maker/mod.rs"]
 mod maker;
 mod mounts;

@@ -40,22 +40,3 @@ bench_second_node() {
     say
     say "The second node's daemon used $(on b peak_memory) MB at most."
 }
-
-publish_names() {
-    local name
-    for name in "$@"; do
-        pull_by ctr speedy "$name" >/dev/null
-        wait_for 600 "publishing of $name" published
-    done
-}
-
-# start_behind_link STORE-ENDPOINT KEY: this node.
-start_behind_link() {
-    local address
-    address=http://$(link_address "$1")
-    node_make
-    quiet_collector
-    registry_host "$(link_address "$REGISTRY")"
-    AWS_ENDPOINT_URL=$address AWS_ENDPOINT=$address SPEEDY_TRUST_KEYS=$2 SPEEDY_PUBLISH_POLICY=off start_speedy --store "$SPEEDY_STORE"
-    start_containerd "$CONTAINERD_VERSION"
-}

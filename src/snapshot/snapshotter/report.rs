@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::Snapshotter;
+use crate::layer::lazy::session::Numbers as LazyCounts;
 use crate::oci::ChainId;
 use crate::snapshot::hit::Hits;
 use crate::snapshot::layers::FillCounts;
@@ -31,6 +32,7 @@ impl Snapshotter {
             filling: reports.iter().filter(|layer| layer.state != "complete").count(),
             unclaimed: reports.iter().filter(|layer| layer.snapshots == 0).count(),
             attached: reports.iter().filter(|layer| layer.attached).count(),
+            lazy: reports.iter().filter(|layer| layer.lazy).count(),
             bytes: reports.iter().map(|layer| layer.bytes).sum(),
         }
     }
@@ -38,6 +40,11 @@ impl Snapshotter {
     /// What was filled since the daemon started.
     pub fn fill_counts(&self) -> FillCounts {
         self.remote.layers.as_ref().map(|layers| layers.fill_counts()).unwrap_or_default()
+    }
+
+    /// What was read through this daemon since it started.
+    pub fn lazy_counts(&self) -> LazyCounts {
+        self.remote.layers.as_ref().map(|layers| layers.lazy_counts()).unwrap_or_default()
     }
 
     /// How many Prepares that asked the store for a layer came to what, since the daemon started.

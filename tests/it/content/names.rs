@@ -87,7 +87,7 @@ impl Node {
         let meta = Arc::new(MetaStore::open(root, "test").unwrap());
         let layers = Arc::new(LayerStore::open(root, Attacher::untried(root)).unwrap());
         let content = Arc::new(node(objects, own, trust).0);
-        let images = Arc::new(Layers::new(Arc::clone(&meta), Arc::clone(&layers), Some(content.clone())));
+        let images = Arc::new(Layers::new(Arc::clone(&meta), Arc::clone(&layers), None, None));
         let blobs = Blobs::new(socket.to_owned());
         let publisher =
             Publisher::new(Arc::clone(&meta), images, Arc::clone(&content), blobs, Limits::default(), root);

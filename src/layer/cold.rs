@@ -1,0 +1,436 @@
+//! One layer image of which not all is here: which chunks are, and how the others come.
+//!
+//! **What.** [`Cold::read`] gives the bytes of any range, fetching what is missing; [`Cold::fill`] makes chunks present ahead of
+//! any reader. Both end in the same file.
+//!
+//! **Invariants.**
+//! * Bytes leave here only if they were checked against the id of their chunk, in this life of the machine: those in the file
+//!   because [`Presence`] says so, those of a file that it says nothing of by hashing them.
+//! * A read is answered as soon as its chunks are checked; they are written to the file afterwards. Until then they are in
+//!   memory, of which all cold layers together take a bounded part ([`Gate::room`]).
+//! * Nothing is synced here.
+//!
+//! **When it fails.** A read whose chunk cannot be had is tried again until its deadline. A chunk that cannot be written (the disk
+//! is full) is handed out all the same, and fetched again by the next who wants it.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{FutureExt, StreamExt, TryStreamExt, future};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tokio::time::Instant;
+
+use super::LayerError;
+use super::fill::{FillProgress, Supplier, Supply};
+use super::gate::{Gate, Urgency};
+use super::presence::{self, Earlier, Presence};
+use crate::chunk::{ChunkId, ChunkRef};
+use crate::content::index::{IndexDigest, LayerIndex};
+use crate::sys::{blocking, extent};
+
+/// How many chunks of one layer are on their way at once: 32 of a quarter MiB keep a link of 1 Gbit/s and 20 ms busy.
+const AT_ONCE: usize = 32;
+/// How many chunks are fetched ahead of a reader that goes forward.
+const AHEAD: usize = 8;
+/// How often it is looked whether there is something to do.
+const LOOK: Duration = Duration::from_millis(50);
+/// How long a read waits for a store that does not give its chunk.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// How long one waits for a chunk that the store says it does not have, or has wrong.
+const HOPELESS: Duration = Duration::from_secs(5);
+/// How long a failed fetch waits before it is tried again; doubled each time, up to the second.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+
+/// See the module's page.
+#[derive(Debug)]
+pub struct Cold {
+    serial: u64,
+    index: Arc<LayerIndex>,
+    file: Arc<File>,
+    path: PathBuf,
+    /// `None` for one that is complete.
+    presence: Option<Presence>,
+    earlier: Earlier,
+    /// Checked, not in the file yet.
+    memory: Mutex<HashMap<usize, Bytes>>,
+    /// What a reader is expected to want next.
+    next: Mutex<Range<usize>>,
+    moved: Notify,
+    supply: Supply,
+    gate: Arc<Gate>,
+    full: AtomicBool,
+    /// How far it is.
+    pub progress: FillProgress,
+}
+
+impl Cold {
+    /// The layer image of this serial, as far as it is here. Blocking.
+    pub fn open(
+        serial: u64,
+        index: Arc<LayerIndex>,
+        supply: Supply,
+        gate: Arc<Gate>,
+    ) -> Result<Cold, LayerError> {
+        let store = Arc::clone(&supply.layers);
+        let path = store.image(serial);
+        let io = |error| LayerError::at(&path, error);
+        let (file, presence, earlier) = match store.read(serial) {
+            Ok(file) => (file, None, Earlier::Believed),
+            Err(_) => {
+                let file = store.reopen(serial)?;
+                let size = index.facts().layout.size;
+                let is_new = file.metadata().map_err(io)?.len() != size;
+                if is_new {
+                    store.remove_map(serial)?;
+                    file.set_len(size).map_err(io)?;
+                }
+                let digest = IndexDigest::of(&index.encode());
+                let boot = presence::boot_id().map_err(io)?;
+                let map = store.open_map(serial)?;
+                let (presence, earlier) =
+                    Presence::open(&map, digest.as_bytes(), index.chunks().len(), boot).map_err(io)?;
+                (file, Some(presence), if is_new { Earlier::Believed } else { earlier })
+            }
+        };
+        let (memory, full) = (Mutex::default(), AtomicBool::new(false));
+        let (next, moved) = (Mutex::new(0..0), Notify::new());
+        let progress = FillProgress::default();
+        let file = Arc::new(file);
+        let cold = Cold {
+            serial,
+            index,
+            file,
+            path,
+            presence,
+            earlier,
+            memory,
+            next,
+            moved,
+            supply,
+            gate,
+            full,
+            progress,
+        };
+        let kept = (0..cold.index.chunks().len()).filter(|at| cold.has(*at));
+        let kept: u64 = kept.map(|at| u64::from(cold.index.chunk(at).1.length)).sum();
+        cold.progress.kept.store(kept, Ordering::Relaxed);
+        Ok(cold)
+    }
+
+    /// Its serial.
+    pub fn serial(&self) -> u64 {
+        self.serial
+    }
+
+    /// Somebody is going to read it before it is all here.
+    pub fn expect_readers(&self) {
+        self.gate.expect_readers();
+    }
+
+    /// Its layer index.
+    pub fn index(&self) -> &LayerIndex {
+        &self.index
+    }
+
+    /// The file of it.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Whether all of it is in the file.
+    pub fn is_complete(&self) -> bool {
+        self.presence.as_ref().is_none_or(Presence::is_complete)
+    }
+
+    fn has(&self, at: usize) -> bool {
+        self.presence.as_ref().is_none_or(|presence| presence.has(at))
+    }
+
+    /// The bytes of a range if nothing of it need be fetched. Blocking.
+    pub fn read_now(&self, range: Range<u64>) -> Option<Vec<Bytes>> {
+        let chunks = self.index.covering(&range);
+        let memory = self.memory.lock();
+        let mut held = HashMap::new();
+        for at in chunks {
+            if !self.has(at) {
+                held.insert(at, memory.get(&at)?.clone());
+            }
+        }
+        drop(memory);
+        self.assemble(&range, &held).ok()
+    }
+
+    /// The bytes of a range, wherever they are now.
+    pub async fn read(self: &Arc<Self>, range: Range<u64>) -> Result<Vec<Bytes>, LayerError> {
+        let chunks = self.index.covering(&range);
+        let demand = self.gate.demand(self.serial);
+        self.follow(&chunks);
+        let until = Instant::now() + DEADLINE;
+        let wanted = chunks.clone().map(|at| async move {
+            let bytes = self.chunk_until(at, until).await?;
+            Ok::<_, LayerError>(bytes.map(|bytes| (at, bytes)))
+        });
+        let wanted = future::try_join_all(wanted);
+        let began = Instant::now();
+        let held: HashMap<usize, Bytes> = wanted.await?.into_iter().flatten().collect();
+        drop(demand);
+        tracing::debug!(serial = self.serial, ?range, ?chunks, waited = ?began.elapsed(), "a read waited");
+        // What is in the file was written a moment ago, or is read ahead: not worth another thread.
+        self.assemble(&range, &held).map_err(|error| LayerError::at(&self.path, error))
+    }
+
+    /// Puts a range together from the file and from what is not in it yet. Between the chunks the file is a hole, which reads
+    /// as the zeros that are meant.
+    fn assemble(&self, range: &Range<u64>, held: &HashMap<usize, Bytes>) -> std::io::Result<Vec<Bytes>> {
+        let mut pieces = Vec::new();
+        let mut done = range.start;
+        for at in self.index.covering(range) {
+            let Some(bytes) = held.get(&at) else { continue };
+            let (offset, chunk) = self.index.chunk(at);
+            let end = (offset + u64::from(chunk.length)).min(range.end);
+            let begin = offset.max(range.start);
+            self.read_file(done..begin, &mut pieces)?;
+            let within = |position: u64| usize::try_from(position - offset).map_err(std::io::Error::other);
+            pieces.push(bytes.slice(within(begin)?..within(end)?));
+            done = end;
+        }
+        self.read_file(done..range.end, &mut pieces)?;
+        Ok(pieces)
+    }
+
+    fn read_file(&self, range: Range<u64>, pieces: &mut Vec<Bytes>) -> std::io::Result<()> {
+        if !range.is_empty() {
+            let length = usize::try_from(range.end - range.start).map_err(std::io::Error::other)?;
+            let mut bytes = vec![0; length];
+            self.file.read_exact_at(&mut bytes, range.start)?;
+            pieces.push(bytes.into());
+        }
+        Ok(())
+    }
+
+    async fn chunk_until(self: &Arc<Self>, at: usize, until: Instant) -> Result<Option<Bytes>, LayerError> {
+        let (mut pause, longest) = PAUSES;
+        let began = Instant::now();
+        loop {
+            let error = match tokio::time::timeout_at(until, self.chunk(at, Urgency::Demand)).await {
+                Ok(Ok((bytes, _))) => return Ok(bytes),
+                Ok(Err(error)) => error,
+                Err(_) => self.unavailable(crate::content::ContentError::TooLate),
+            };
+            let until = if error.is_outage() { until } else { until.min(began + HOPELESS) };
+            if Instant::now() + pause >= until {
+                tracing::error!(serial = self.serial, %error, "a read of a layer fails: its data cannot be had");
+                return Err(error);
+            }
+            tracing::warn!(serial = self.serial, %error, "a read of a layer waits for its data; trying again");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(longest);
+        }
+    }
+
+    fn unavailable(&self, source: crate::content::ContentError) -> LayerError {
+        LayerError::Chunk { layer: self.index.facts().diff_id.to_string(), source }
+    }
+
+    /// Makes a chunk present: its bytes if they are not in the file yet, and what writes them there.
+    async fn chunk(
+        self: &Arc<Self>,
+        at: usize,
+        urgency: Urgency,
+    ) -> Result<(Option<Bytes>, Option<Writing>), LayerError> {
+        if self.has(at) {
+            return Ok((None, None));
+        }
+        if let Some(bytes) = self.memory.lock().get(&at) {
+            return Ok((Some(bytes.clone()), None));
+        }
+        let (offset, chunk) = self.index.chunk(at);
+        if self.earlier == Earlier::Doubted && self.is_in_file(offset, chunk).await {
+            self.count(at, &self.progress.kept);
+            return Ok((None, None));
+        }
+        let room = self.gate.room(chunk.length, urgency).await;
+        let got = self.supply.get(chunk).await;
+        let (bytes, supplier) = got.map_err(|source| self.unavailable(source))?;
+        Ok((Some(bytes.clone()), self.keep(at, (bytes, supplier), room)))
+    }
+
+    async fn is_in_file(&self, offset: u64, chunk: ChunkRef) -> bool {
+        let file = Arc::clone(&self.file);
+        let hash = move || {
+            let mut bytes = vec![0; usize::try_from(chunk.length).unwrap_or(0)];
+            file.read_exact_at(&mut bytes, offset)?;
+            Ok::<_, std::io::Error>(ChunkId::of(&bytes) == chunk.id)
+        };
+        blocking(hash).await.unwrap_or(false)
+    }
+
+    /// The chunk is in the file now.
+    fn count(&self, at: usize, counter: &std::sync::atomic::AtomicU64) {
+        if self.presence.as_ref().is_some_and(|presence| presence.set(at)) {
+            counter.fetch_add(u64::from(self.index.chunk(at).1.length), Ordering::Relaxed);
+        }
+    }
+
+    /// Holds a checked chunk in memory until it is written.
+    fn keep(
+        self: &Arc<Self>,
+        at: usize,
+        (bytes, supplier): (Bytes, Supplier),
+        room: Option<OwnedSemaphorePermit>,
+    ) -> Option<Writing> {
+        let (offset, _) = self.index.chunk(at);
+        {
+            let mut memory = self.memory.lock();
+            if self.has(at) || memory.contains_key(&at) {
+                return None;
+            }
+            memory.insert(at, bytes.clone());
+        }
+        let this = Arc::clone(self);
+        Some(tokio::task::spawn_blocking(move || {
+            let written = this.file.write_all_at(&bytes, offset);
+            match &written {
+                Ok(()) => {
+                    let counter = match supplier {
+                        Supplier::Store => &this.progress.fetched,
+                        Supplier::Node => &this.progress.shared,
+                    };
+                    this.count(at, counter);
+                }
+                Err(error) if !this.full.swap(true, Ordering::AcqRel) => {
+                    tracing::error!(serial = this.serial, %error, "a layer cannot be kept; it is read from the store as it is wanted");
+                }
+                Err(_) => {}
+            }
+            this.memory.lock().remove(&at);
+            drop(room);
+            written.map_err(|error| LayerError::at(&this.path, error))
+        }))
+    }
+
+    /// Makes these chunks present, because somebody waits for all of them; returns when they are in the file. Not synced.
+    pub async fn fetch(self: &Arc<Self>, chunks: impl IntoIterator<Item = usize>) -> Result<(), LayerError> {
+        let missing: Vec<usize> = chunks.into_iter().filter(|at| !self.has(*at)).collect();
+        futures::stream::iter(missing)
+            // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
+            .map(|at| self.make_present(at, Urgency::Demand).boxed())
+            .buffer_unordered(AT_ONCE)
+            .try_collect::<()>()
+            .await
+    }
+
+    /// Makes all chunks present, those behind what was read last first; returns when they are in the file. Not synced.
+    pub async fn fill(self: &Arc<Self>) -> Result<(), LayerError> {
+        let claims = Claims { claimed: Mutex::new(HashSet::new()), from: AtomicUsize::new(0) };
+        let worker = |_| async {
+            loop {
+                let mut turn = self.gate.turn(self.serial).await;
+                let mut at = self.claim(&claims, turn.only_next);
+                if let (None, Some(rest)) = (at, self.gate.try_rest()) {
+                    turn = rest;
+                    at = self.claim(&claims, false);
+                }
+                let Some(at) = at else {
+                    if self.is_claimed(&claims) {
+                        return Ok(());
+                    }
+                    drop(turn);
+                    drop(tokio::time::timeout(LOOK, self.moved.notified()).await);
+                    continue;
+                };
+                let made = self.make_present(at, Urgency::Ahead).await;
+                claims.claimed.lock().remove(&at);
+                made?;
+            }
+        };
+        let workers = (0..AT_ONCE).map(|number| worker(number).boxed());
+        future::try_join_all(workers).await.map(drop)
+    }
+
+    /// A reader that goes forward will want what follows, another one perhaps the chunk beside.
+    fn follow(&self, read: &Range<usize>) {
+        let goes_forward = read.start == 0 || self.has(read.start - 1);
+        let ahead = if goes_forward { AHEAD } else { 1 };
+        *self.next.lock() = read.end..(read.end + ahead).min(self.index.chunks().len());
+        self.moved.notify_waiters();
+    }
+
+    /// The next chunk that is not here and that nobody else fills: one that a reader will want, or else, unless `only_next`, any.
+    fn claim(&self, claims: &Claims, only_next: bool) -> Option<usize> {
+        let count = self.index.chunks().len();
+        let mut next = self.next.lock().clone();
+        let mut claimed = claims.claimed.lock();
+        let free = |at: &usize| !self.has(*at) && !claimed.contains(at);
+        let at = next.find(free).or_else(|| {
+            let first =
+                (claims.from.load(Ordering::Relaxed)..count).find(|at| !self.has(*at)).unwrap_or(count);
+            claims.from.store(first, Ordering::Relaxed);
+            if only_next { None } else { (first..count).find(free) }
+        })?;
+        claimed.insert(at);
+        Some(at)
+    }
+
+    /// Whether there is nothing to fill that nobody fills.
+    fn is_claimed(&self, claims: &Claims) -> bool {
+        let claimed = claims.claimed.lock();
+        let from = claims.from.load(Ordering::Relaxed);
+        (from..self.index.chunks().len()).all(|at| self.has(at) || claimed.contains(&at))
+    }
+
+    /// Whether the disk itself has the right bytes of all chunks; to be asked after the file was synced.
+    pub async fn verify(&self) -> Result<(), LayerError> {
+        let (path, index) = (self.path.clone(), Arc::clone(&self.index));
+        let io = |error| LayerError::at(&self.path, error);
+        let file = Arc::new(extent::open_direct(&self.file).map_err(io)?);
+        for at in 0..index.chunks().len() {
+            let _turn = self.gate.turn(self.serial).await;
+            let (offset, chunk) = index.chunk(at);
+            let file = Arc::clone(&file);
+            let read =
+                blocking(move || extent::read_direct(&file, offset, chunk.length as usize, ChunkId::of));
+            if read.await.map_err(io)? != chunk.id {
+                // To be fetched again.
+                if let Some(presence) = &self.presence {
+                    presence.clear(at);
+                }
+                return Err(LayerError::Damaged { path, chunk: chunk.id });
+            }
+        }
+        Ok(())
+    }
+
+    async fn make_present(self: &Arc<Self>, at: usize, urgency: Urgency) -> Result<(), LayerError> {
+        loop {
+            match self.chunk(at, urgency).await? {
+                (None, _) => break,
+                (Some(_), Some(writing)) => {
+                    let gone = |error: tokio::task::JoinError| LayerError::at(&self.path, error.into());
+                    writing.await.map_err(gone)??;
+                    break;
+                }
+                // Somebody else writes it.
+                (Some(_), None) => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the workers of one fill have taken on.
+struct Claims {
+    claimed: Mutex<HashSet<usize>>,
+    /// Before this one everything is here.
+    from: AtomicUsize,
+}
+
+type Writing = tokio::task::JoinHandle<Result<(), LayerError>>;

@@ -1,0 +1,174 @@
+//! Who may fetch when: reads that somebody waits for, before what is fetched because it will be wanted.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+use tokio::time::Instant;
+
+use crate::chunk::BLOCK;
+
+/// How many bytes of chunks that somebody waits for may be on their way or not written yet, all layers together.
+const ROOM_DEMAND: u32 = 24 << 20;
+/// The same for those that nobody waits for yet.
+const ROOM_AHEAD: u32 = 16 << 20;
+/// How long after the last read that waited others stand back: a program that starts reads again and again.
+const CALM: Duration = Duration::from_secs(1);
+/// How long what was only just found stands back for a container that may be about to start.
+const HEAD_START: Duration = Duration::from_secs(2);
+/// How often others look whether it is their turn.
+const LOOK: Duration = Duration::from_millis(50);
+/// How many chunks that will be read next are fetched meanwhile, and how many others, so that all comes to an end.
+const NEXT: usize = 8;
+const REST: usize = 1;
+
+/// See the module's page.
+#[derive(Debug)]
+pub struct Gate {
+    waited_for: AtomicUsize,
+    /// When somebody last waited, or may have begun to.
+    busy: Mutex<Option<Instant>>,
+    /// The layer that was read last.
+    read: AtomicU64,
+    next: Semaphore,
+    rest: Semaphore,
+    demand: Arc<Semaphore>,
+    ahead: Arc<Semaphore>,
+}
+
+impl Default for Gate {
+    fn default() -> Gate {
+        let room = |bytes: u32| Arc::new(Semaphore::new((bytes / BLOCK) as usize));
+        let (demand, ahead) = (room(ROOM_DEMAND), room(ROOM_AHEAD));
+        let (next, rest) = (Semaphore::new(NEXT), Semaphore::new(REST));
+        let (waited_for, busy) = (AtomicUsize::new(0), Mutex::default());
+        Gate { waited_for, busy, read: AtomicU64::new(0), next, rest, demand, ahead }
+    }
+}
+
+/// Whether somebody waits for a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Urgency {
+    /// A read does.
+    Demand,
+    /// It will be wanted.
+    Ahead,
+}
+
+/// Somebody may fetch as long as this lives.
+#[derive(Debug)]
+pub struct Turn<'a> {
+    /// Only what a reader will want next.
+    pub only_next: bool,
+    _permit: Option<SemaphorePermit<'a>>,
+}
+
+/// Somebody waits as long as this lives.
+#[derive(Debug)]
+pub struct Demand<'a>(&'a Gate);
+
+impl Drop for Demand<'_> {
+    fn drop(&mut self) {
+        self.0.waited_for.fetch_sub(1, Ordering::AcqRel);
+        self.0.is_busy_until(Instant::now() + CALM);
+    }
+}
+
+impl Gate {
+    /// A read of a layer waits.
+    pub fn demand(&self, serial: u64) -> Demand<'_> {
+        self.read.store(serial, Ordering::Release);
+        self.waited_for.fetch_add(1, Ordering::AcqRel);
+        Demand(self)
+    }
+
+    /// A layer was found that somebody is going to read lazily.
+    pub fn expect_readers(&self) {
+        self.is_busy_until(Instant::now() + HEAD_START);
+    }
+
+    fn is_busy_until(&self, until: Instant) {
+        let mut busy = self.busy.lock();
+        *busy = Some(busy.map_or(until, |busy| busy.max(until)));
+    }
+
+    /// For how long others are to stand back.
+    fn busy_for(&self) -> Option<Duration> {
+        if self.waited_for.load(Ordering::Acquire) > 0 {
+            return Some(CALM);
+        }
+        let left = (*self.busy.lock())?.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
+    }
+
+    /// Returns when it is the turn of what nobody waits for. While somebody reads that is what will be read next in the layer that
+    /// was read last, some at once, and one of all the rest.
+    pub async fn turn(&self, serial: u64) -> Turn<'_> {
+        while let Some(busy) = self.busy_for() {
+            let read = self.read.load(Ordering::Acquire) == serial;
+            let next = async {
+                match read {
+                    true => self.next.acquire().await.ok(),
+                    false => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                permit = next => return Turn { only_next: true, _permit: permit },
+                permit = self.rest.acquire() => return Turn { only_next: false, _permit: permit.ok() },
+                () = tokio::time::sleep(busy.min(LOOK)) => {}
+            }
+        }
+        Turn { only_next: false, _permit: None }
+    }
+
+    /// A turn for what will be read last, if it is free.
+    pub fn try_rest(&self) -> Option<Turn<'_>> {
+        let permit = self.rest.try_acquire().ok()?;
+        Some(Turn { only_next: false, _permit: Some(permit) })
+    }
+
+    /// Room in memory for a chunk of so many bytes, until it is written.
+    pub async fn room(&self, bytes: u32, urgency: Urgency) -> Option<OwnedSemaphorePermit> {
+        let room = match urgency {
+            Urgency::Demand => &self.demand,
+            Urgency::Ahead => &self.ahead,
+        };
+        Arc::clone(room).acquire_many_owned(bytes.div_ceil(BLOCK)).await.ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_nobody_waits_for_goes_slowly_while_somebody_reads() {
+        let gate = Gate::default();
+        let began = Instant::now();
+        let all: Vec<_> = futures::future::join_all((0..100).map(|_| gate.turn(5))).await;
+        assert_eq!(began.elapsed(), Duration::ZERO);
+        assert!(all.iter().all(|turn| !turn.only_next));
+        drop(all);
+        let demand = gate.demand(5);
+        let slowly: Vec<_> = futures::future::join_all((0..NEXT + REST).map(|_| gate.turn(5))).await;
+        assert_eq!(slowly.iter().filter(|turn| turn.only_next).count(), NEXT);
+        assert!(gate.try_rest().is_none());
+        assert_eq!(began.elapsed(), Duration::ZERO);
+        drop(demand);
+        assert!(!gate.turn(5).await.only_next);
+        assert_eq!(began.elapsed(), CALM);
+        drop(slowly);
+        gate.expect_readers();
+        assert!(gate.turn(5).await.only_next);
+        // Another layer than the one that is read.
+        let one = gate.turn(6).await;
+        assert!(!one.only_next);
+        assert_eq!(began.elapsed(), CALM);
+        drop(gate.turn(6).await);
+        assert_eq!(began.elapsed(), CALM + HEAD_START);
+        drop(one);
+    }
+}

@@ -1,0 +1,153 @@
+//! Layer images on their way: filled in the background, made durable, and then no longer read through us.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::{BROKEN, Fill, FillError, How, Layers, MOST_BROKEN, State};
+use crate::content::index::IndexDigest;
+use crate::layer::LayerError;
+use crate::layer::cold::Cold;
+use crate::snapshot::SnapshotError;
+use crate::snapshot::metastore::{LayerRecord, Progress};
+use crate::snapshot::stock::blocking;
+
+/// How often a fill is tried before whoever waits is told.
+const ATTEMPTS: u32 = 3;
+/// How long a fill waits before it is tried again; doubled each time.
+const PAUSE: Duration = Duration::from_millis(500);
+
+impl Layers {
+    /// Begins to fill, unless that is going on.
+    pub(in crate::snapshot) fn fill(self: &Arc<Self>, serial: u64) -> Arc<Fill> {
+        let mut fills = self.fills.lock();
+        if let Some(fill) = fills.get(&serial)
+            && !matches!(*fill.state.borrow(), State::Failed(_))
+        {
+            return Arc::clone(fill);
+        }
+        let fill = Arc::new(Fill { state: watch::Sender::new(State::Running) });
+        fills.insert(serial, Arc::clone(&fill));
+        let (this, mine) = (Arc::clone(self), Arc::clone(&fill));
+        self.tasks.spawn(async move {
+            let stop = this.stop.clone();
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = this.run_fill(serial, &mine) => {}
+            }
+        });
+        fill
+    }
+
+    async fn run_fill(self: &Arc<Self>, serial: u64, fill: &Fill) {
+        let mut pause = PAUSE;
+        for attempt in 1..=ATTEMPTS {
+            match self.try_fill(serial, fill).await {
+                Ok(()) => {
+                    self.filled.done.fetch_add(1, Ordering::Relaxed);
+                    fill.state.send_replace(State::Done);
+                    self.fills.lock().remove(&serial);
+                    return;
+                }
+                Err(error) if attempt == ATTEMPTS || self.meta.layer(serial).is_none() => {
+                    let text = error.problem();
+                    self.filled.failed.fetch_add(1, Ordering::Relaxed);
+                    tracing::error!(serial, error = text, "a layer cannot be fetched from the store");
+                    self.keep_broken(serial);
+                    fill.state.send_replace(State::Failed(text.into()));
+                    return;
+                }
+                Err(error) => tracing::warn!(serial, %error, "fetching a layer failed; trying again"),
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
+    }
+
+    fn keep_broken(&self, serial: u64) {
+        let Some(index) = self.meta.layer(serial).and_then(|layer| layer.index) else { return };
+        let mut broken = self.broken.lock();
+        broken.retain(|_, since| since.elapsed() < BROKEN);
+        if broken.len() < MOST_BROKEN {
+            broken.insert(index, Instant::now());
+        }
+    }
+
+    async fn try_fill(self: &Arc<Self>, serial: u64, fill: &Fill) -> Result<(), FillError> {
+        let Some(layer) = self.meta.layer(serial) else {
+            return Err(SnapshotError::LayerGone { serial }.into());
+        };
+        let cold = self.open_cold(&layer).await?;
+        if !self.store.is_complete(serial) {
+            if self.lazy.is_some() {
+                cold.expect_readers();
+            }
+            cold.fill().await?;
+            // Checked bytes in the page cache are as good as any for a container that starts now: only the record, which says that
+            // nothing need be hashed after a crash, waits for the disk.
+            fill.state.send_replace(State::Usable);
+            let (store, file) = (Arc::clone(&self.store), Arc::clone(cold.file()));
+            let synced = Arc::clone(&file);
+            let path = store.image(serial);
+            blocking(move || synced.sync_all().map_err(|error| LayerError::at(&path, error))).await?;
+            cold.verify().await?;
+            blocking(move || store.complete(serial, &file)).await?;
+        }
+        self.share(serial, cold.index());
+        if layer.progress == Progress::Filling {
+            let bytes = |counted: &std::sync::atomic::AtomicU64| counted.load(Ordering::Relaxed);
+            let (fetched, shared) = (bytes(&cold.progress.fetched), bytes(&cold.progress.shared));
+            self.meta.completed(serial, fetched, shared).await?;
+        }
+        self.store.remove_map(serial)?;
+        self.make_native(serial).await
+    }
+
+    async fn open_cold(&self, layer: &LayerRecord) -> Result<Arc<Cold>, FillError> {
+        let cold = self.cold.as_ref().ok_or(FillError::NoStore)?;
+        let serial = layer.id.serial;
+        if let Some(open) = cold.get(serial) {
+            return Ok(open);
+        }
+        let index = match self.sidecar(layer) {
+            Some(index) => index,
+            None => {
+                let digest = layer.index.ok_or(FillError::NoIndex)?;
+                cold.supply().content.index(IndexDigest::from_bytes(digest)).await?
+            }
+        };
+        let cold = Arc::clone(cold);
+        Ok(blocking(move || cold.open(serial, || Some(index.into()))).await?)
+    }
+
+    /// A complete layer image that is attached lazily is read without us from now on.
+    async fn make_native(self: &Arc<Self>, serial: u64) -> Result<(), FillError> {
+        let lock = self.attach_locks.of(serial);
+        let _held = lock.lock().await;
+        if self.attached.lock().get(&serial) == Some(&How::Lazy) {
+            let this = Arc::clone(self);
+            blocking(move || this.switch(serial)).await?;
+            self.attached.lock().insert(serial, How::Native);
+        }
+        if let Some(cold) = &self.cold {
+            cold.close(serial);
+        }
+        Ok(())
+    }
+
+    fn switch(&self, serial: u64) -> Result<(), LayerError> {
+        let attached = self.store.attached()?;
+        let device = attached.into_iter().find(|found| found.serial == serial).and_then(|found| found.device);
+        match (device, &self.lazy) {
+            (Some(device), Some(lazy)) => {
+                lazy.to_native(serial, &device, &self.store.image(serial))?;
+                self.store.cover(serial)
+            }
+            // Unmounted behind our back.
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,204 @@
+# Containers that run before their layers are here, on a store behind a link, and never notice that anybody died. LAZY_KILLS is how often
+# the daemon is killed under a reader, LAZY_LONG adds faults of the store.
+# shellcheck shell=bash
+
+# lazy_fleet MBIT NAME...: the images are published by the first node, and node b, which has nothing, reaches the store at that rate.
+lazy_fleet() {
+    local rate=$1
+    shift
+    cluster_store
+    through_link fresh_fleet "$SPEEDY_STORE"
+    publish_all "$@"
+    through_link trusting fresh_b --store "$SPEEDY_STORE"
+    on b lazy_is_possible || skip "this kernel reads no layers lazily"
+    link_post reset "blobs?layers=refuse" "link?mbit=$rate"
+}
+lazy_is_possible() { ! grep -q 'layers are fetched whole before\|cannot be read lazily' "$W/speedy-b.log"; }
+
+# lazily, natively: how many layers are attached so, by what the kernel has below their loop devices.
+lazily() { losetup -n -O BACK-FILE | grep -cE '^ */[0-9]+$' || true; }
+no_lazy() { [[ $(lazily) == 0 ]]; }
+
+# reader_start ID NAME: a container that checks everything in the image again and again, and says so.
+reader_start() {
+    ctr run --snapshotter "${ON:-$SNAPSHOTTER}" --log-uri "file://$W/reader-$1" -d "$(image "$2")" "$1" /bin/sh -c '
+        cd /data || exit 1
+        while :; do
+            for file in noise-*; do sha256sum "$file" || echo "FAILED $file"; done
+            echo round
+        done'
+}
+rounds() { grep -c '^round' "$W/reader-$1" || true; }
+more_rounds() { (($(rounds "$1") >= $2)); }
+
+# expect_reader_well ID NAME: every line of the reader is one that the image's maker expects.
+expect_reader_well() {
+    local wrong
+    wrong=$(sed -n 's/^\([0-9a-f]\{64\}\)  \(noise-.*\)/\1 \2/p; /FAILED\|rror/p' "$W/reader-$1" | sort -u |
+        while read -r sum file; do grep -q "/data/$file.*$sum\|$sum.*/data/$file" "$W/expected/$2.txt" || printf '%s %s\n' "$sum" "$file"; done)
+    expect_equal "" "$wrong" "what the container read wrong"
+}
+
+drop_caches() { sync && echo 3 >/proc/sys/vm/drop_caches; }
+
+test_lazy_starts_before_its_data() {
+    # 96 MiB at 40 Mbit/s take 20 s; one file of it is there at once.
+    local took
+    lazy_fleet 40 large pause
+    on b pull large
+    took=$(milliseconds on b ctr_run --rm "$(image large)" first /bin/cat /data/hello)
+    printf 'a container read its first file %d ms after the pull\n' "$took"
+    ((took < 6000)) || fail "a container waited $took ms for one small file"
+    expect_equal 1 "$(lazily)" "layers that are read lazily"
+    link_post "link?mbit=0"
+    on b expect_listing ctr large
+    wait_for 60 "the layer to be native" no_lazy || fail "the layer is not native: $(losetup -n -O NAME,BACK-FILE)"
+    expect_no_layers_from_registry large
+    on b again_by nerdctl large >/dev/null
+    on b expect_listing crictl large
+}
+
+test_lazy_daemon_is_killed_again_and_again() {
+    # A container reads and checks everything all the while: first cold, later native.
+    local round
+    lazy_fleet 100 large
+    on b pull large
+    on b reader_start reader large
+    for ((round = 0; round < ${LAZY_KILLS:-5}; round++)); do
+        sleep 2
+        SIGNAL=KILL through_link trusting restart_b --store "$SPEEDY_STORE"
+        drop_caches
+    done
+    link_post "link?mbit=0"
+    wait_for 60 "the reader to go on" more_rounds reader $(($(rounds reader) + 2)) || fail "the reader hangs: $(tail -n 3 "$W/reader-reader")"
+    wait_for 60 "the layer to be native" no_lazy || fail "the layer is not native"
+    drop_caches
+    wait_for 60 "the reader to go on" more_rounds reader $(($(rounds reader) + 2)) || fail "the reader hangs when the layer is native"
+    on b expect_reader_well reader large
+    expect_no_layers_from_registry large
+    on b ctr_remove reader
+}
+
+test_lazy_reads_wait_for_a_daemon() {
+    # While nobody serves, reads wait, and nothing else does: df of everything, a pull-less start of another container's shell.
+    local reader
+    lazy_fleet 40 large
+    on b pull large
+    on b ctr_start sleeper large
+    on b daemon_stop speedy-b KILL
+    timeout 10 df -a >/dev/null || fail "df waits for the dead daemon"
+    timeout 10 cat /proc/self/mountinfo >/dev/null
+    on b ctr_exec sleeper /bin/sha256sum /data/noise-5 >"$W/late" &
+    reader=$!
+    sleep 3
+    kill -0 "$reader" || fail "a read did not wait: $(cat "$W/late")"
+    link_post "link?mbit=0"
+    through_link trusting on b start_speedy --metrics "$(on b metrics_address)" --store "$SPEEDY_STORE"
+    wait "$reader" || fail "the read failed"
+    grep -q "$(cut -d' ' -f1 "$W/late")" "$W/expected/large.txt" || fail "the read gave other bytes"
+    wait_for 10 "containerd to find Speedy again" on b speedy_is_reached
+    on b ctr_remove sleeper
+}
+
+test_lazy_store_dies_and_comes_back() {
+    local fault reader faults=(refuse "flip after=20000")
+    [[ -z ${LAZY_LONG:-} ]] || faults+=(blackhole "status status=500" "truncate after=200")
+    lazy_fleet 0 large
+    for fault in "${faults[@]}"; do
+        link_post "link?mbit=60"
+        through_link trusting fresh_b --store "$SPEEDY_STORE"
+        on b pull large
+        on b ctr_start sleeper large
+        # shellcheck disable=SC2086 # kind and parameters
+        store_fault $fault
+        on b ctr_exec sleeper /bin/sh -c 'cd /data && sha256sum noise-*' >"$W/during" &
+        reader=$!
+        sleep 4
+        link_post "link?mbit=0"
+        store_fault none
+        wait "$reader" || fail "a read failed although the store was back after 4 s of $fault"
+        expect_equal 6 "$(while read -r sum _; do grep -c "$sum" "$W/expected/large.txt"; done <"$W/during" | grep -c 1)" "right sums after $fault"
+        on b ctr_remove sleeper
+    done
+}
+
+test_lazy_chunk_is_damaged() {
+    # A container that reads it gets an error, soon, and never other bytes; the rest of the image can be read. When the chunk is
+    # good again, so is the container.
+    local store chunk how
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all large
+    chunk=$(data_chunk "$store")
+    for how in flip truncate; do
+        trusting fresh_b --store "$store"
+        damage "$store" "$chunk" "$how"
+        on b pull large
+        # Unless the layer was given up meanwhile.
+        on b ctr_start "on-$how" large || { repair; continue; }
+        # shellcheck disable=SC2016 # for the container
+        on b ctr_exec "on-$how" /bin/sh -c 'cat /data/hello; for file in /data/noise-*; do sha256sum $file; done' >"$W/got" 2>&1 || true
+        grep -q large "$W/got" || fail "what is good cannot be read either ($how)"
+        expect_contains "$(cat "$W/got")" "rror" "a read of the damaged chunk fails ($how)"
+        expect_contains "$(cat "$W/speedy-b.log")" "$(basename "$chunk")" "the log names the chunk ($how)"
+        expect_no_wrong_sums "$W/got" large
+        repair
+        # shellcheck disable=SC2016
+        on b ctr_exec "on-$how" /bin/sh -c 'for file in /data/noise-*; do sha256sum $file; done' >"$W/got" || fail "still broken after the repair ($how)"
+        on b expect_no_wrong_sums "$W/got" large
+        on b ctr_remove "on-$how"
+    done
+}
+
+# expect_no_wrong_sums FILE NAME: every sum in it is one of the image's.
+expect_no_wrong_sums() {
+    local sum
+    grep -oE '^[0-9a-f]{64}' "$1" | while read -r sum; do
+        grep -q "$sum" "$W/expected/$2.txt" || fail "a container read other bytes than the image has: $sum"
+    done
+}
+
+test_lazy_keeper_dies() {
+    # The daemon notices and gives everything to another one; then it may be killed as before.
+    lazy_fleet 60 large
+    on b pull large
+    on b reader_start reader large
+    pkill -KILL -f "keeper --while-needed --socket $W/b/" || fail "there is no keeper"
+    wait_for 20 "another keeper" pgrep -f "keeper --while-needed --socket $W/b/" >/dev/null || fail "no other keeper was started"
+    sleep 2
+    SIGNAL=KILL through_link trusting restart_b --store "$SPEEDY_STORE"
+    link_post "link?mbit=0"
+    wait_for 60 "the reader to go on" more_rounds reader 3 || fail "the reader hangs"
+    on b expect_reader_well reader large
+    on b ctr_remove reader
+}
+
+test_lazy_both_die() {
+    # Nobody is left: reads fail at once, with an error, and work again as soon as there is a daemon. What runs may die of it, so the
+    # files are read from outside.
+    local file
+    lazy_fleet 40 large
+    on b pull large
+    on b ctr_start sleeper large
+    file=$(ls -d "$W"/b/speedy/l/*/fs/data/noise-5)
+    pkill -KILL -f "keeper --while-needed --socket $W/b/"
+    on b daemon_stop speedy-b KILL
+    wait_for 10 "the keeper's end" eval "! pgrep -f 'keeper --while-needed --socket $W/b/' >/dev/null"
+    ! timeout 20 sha256sum "$file" >"$W/late" 2>&1 || fail "a read of what nobody serves succeeded"
+    grep -q 'error' "$W/late" || fail "a read of what nobody serves did not fail at once: $(cat "$W/late")"
+    link_post "link?mbit=0"
+    through_link trusting on b start_speedy --metrics "$(on b metrics_address)" --store "$SPEEDY_STORE"
+    wait_for 10 "containerd to find Speedy again" on b speedy_is_reached
+    timeout 60 sha256sum "$file" >"$W/late" || fail "reads do not work again"
+    grep -q "$(cut -d' ' -f1 "$W/late")" "$W/expected/large.txt" || fail "the read gave other bytes"
+    on b ctr_remove sleeper
+}
+
+test_lazy_off() {
+    lazy_fleet 0 large
+    SPEEDY_FETCH_LAZY=off through_link trusting fresh_b --store "$SPEEDY_STORE"
+    on b expect_listing ctr large
+    expect_equal 0 "$(lazily)" "layers that are read lazily"
+    through_link trusting fresh_b --store "$SPEEDY_STORE"
+}
