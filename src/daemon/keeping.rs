@@ -53,7 +53,7 @@ pub(super) fn open(config: &Config, cold: &Arc<ColdLayers>) -> Option<Keeping> {
     let keeper = keeper.map(Arc::new).inspect_err(warn_alone).ok();
     let left = keeper.as_deref().and_then(|keeper| left(keeper).inspect_err(warn_alone).ok().flatten());
     let begun = match left {
-        Some(kept) => Lazy::start(kept, Arc::clone(cold), Resume::Kernel, &exe),
+        Some(kept) => Lazy::start(kept, Arc::clone(cold), Resume::Again, &exe),
         None => Kept::create().and_then(|kept| Lazy::start(kept, Arc::clone(cold), Resume::First, &exe)),
     };
     match begun {

@@ -20,6 +20,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::{Access, Cancelled, Driver, DriverError, Id, Measure, Mount, MountRequest, Owner, Purpose};
+use crate::sys::decimal;
 use crate::sys::tree::{self, TreeError};
 
 /// The options of every overlay mount beside its directories.
@@ -181,7 +182,7 @@ impl Driver for Overlay {
         for entry in entries {
             let name = entry.map_err(|error| DriverError::at(&self.layers, error))?.file_name();
             // Only names this driver could have given; anything else is somebody else's and stays.
-            let serial = name.to_str().and_then(|n| n.parse::<u64>().ok().filter(|s| s.to_string() == n));
+            let serial = name.to_str().and_then(decimal::parse);
             match serial {
                 Some(serial) => {
                     serials.insert(serial);

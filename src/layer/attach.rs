@@ -31,6 +31,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::trial::Trial;
+use crate::sys::decimal;
 use crate::sys::loopdev::{self, LoopDevice};
 use crate::sys::mount::{self, DetachedErofs, ErofsIo, PointState, Unmount};
 use crate::sys::mountinfo;
@@ -259,7 +260,7 @@ impl Attacher {
         for entry in mountinfo::of_this_process().map_err(at_layers)?.iter().filter(|e| e.kind == "erofs") {
             let name = entry.point.strip_prefix(&layers).ok().and_then(Path::to_str);
             // Only the canonical form is ours: not `007`, not `7/fs`.
-            let serial = name.and_then(|n| n.parse::<u64>().ok().filter(|serial| serial.to_string() == n));
+            let serial = name.and_then(decimal::parse);
             if let Some(serial) = serial {
                 let device = Some(PathBuf::from(&entry.source)).filter(|source| source.starts_with("/dev"));
                 found.push(Attached { serial, image: image_of(entry).map_err(at_layers)?, device });

@@ -124,7 +124,7 @@ impl Gate {
         Turn { only_next: false, _permit: None }
     }
 
-    /// A turn for what will be read last, if it is free.
+    /// The turn for the rest, if it is free.
     pub fn try_rest(&self) -> Option<Turn<'_>> {
         let permit = self.rest.try_acquire().ok()?;
         Some(Turn { only_next: false, _permit: Some(permit) })

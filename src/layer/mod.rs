@@ -38,6 +38,7 @@ pub mod presence;
 mod trial;
 pub mod work;
 
+use crate::sys::decimal;
 use crate::sys::space::{self, Space};
 use attach::Attacher;
 
@@ -376,7 +377,7 @@ fn inventory(files: &Path) -> Result<Vec<u64>, LayerError> {
         let name = entry.map_err(|error| LayerError::at(files, error))?.file_name();
         let serial = name.to_str().and_then(|name| name.split_once('.')).and_then(|(n, kind)| {
             let ours = matches!(kind, "erofs" | "part" | "map" | "index" | "new");
-            n.parse::<u64>().ok().filter(|serial| ours && serial.to_string() == n)
+            decimal::parse(n).filter(|_| ours)
         });
         match serial {
             Some(serial) => drop(serials.insert(serial)),

@@ -11,7 +11,8 @@ use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::sys::shared::{self, Shared};
+use crate::sys::extent;
+use crate::sys::shared::Shared;
 
 const MAGIC: u64 = u64::from_be_bytes(*b"SpdyMap1");
 const HEAD: usize = 8;
@@ -53,7 +54,11 @@ impl Presence {
         boot: [u64; 2],
     ) -> io::Result<(Presence, Earlier)> {
         let words = HEAD + chunks.div_ceil(64);
-        shared::allocate(file, (words * 8) as u64)?;
+        let length = (words * 8) as u64;
+        file.set_len(length)?;
+        if !extent::allocate(file, 0..length)? {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let bits = Shared::map(file, words * 8)?;
         let head = head(index, chunks, boot);
         let same =

@@ -1,4 +1,4 @@
-//! The tasks of lazy serving, and their end.
+//! Tasks that fetch or read layers, and their end.
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -23,7 +23,8 @@ impl Work {
         drop(self.tasks.spawn_on(task, runtime));
     }
 
-    /// Ends what runs. A read that is not answered then waits in the journal for the next process.
+    /// Ends what runs, wherever it is. Fills go on at the next start; reads that are not answered wait in the journal for the next
+    /// process.
     pub async fn end(&self) {
         self.stop.cancel();
         self.tasks.close();

@@ -184,7 +184,7 @@ impl Applier {
             _ => return None,
         };
         let name = Path::new(dir).strip_prefix(&self.points).ok()?.to_str()?.strip_suffix("/fs")?;
-        let serial = name.parse::<u64>().ok().filter(|serial| serial.to_string() == name)?;
+        let serial = crate::sys::decimal::parse(name)?;
         Some((serial, whiteouts))
     }
 

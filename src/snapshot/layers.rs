@@ -22,7 +22,6 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use super::SnapshotError;
 use super::locks::KeyedLocks;
@@ -34,6 +33,7 @@ use crate::content::index::{IndexDigest, LayerIndex, Limits};
 use crate::driver::Id;
 use crate::layer::attach::Attached;
 use crate::layer::lazy::{self, ColdLayers, Lazy};
+use crate::layer::work::Work;
 use crate::layer::{LayerError, LayerStore};
 
 mod filling;
@@ -57,8 +57,7 @@ pub struct Layers {
     attach_locks: KeyedLocks<u64>,
     attached: Mutex<HashMap<u64, How>>,
     filled: Filled,
-    tasks: TaskTracker,
-    stop: CancellationToken,
+    work: Work,
 }
 
 /// What was filled since the daemon started.
@@ -150,8 +149,7 @@ impl Layers {
             attach_locks: KeyedLocks::default(),
             attached: Mutex::default(),
             filled: Filled::default(),
-            tasks: TaskTracker::new(),
-            stop: CancellationToken::new(),
+            work: Work::default(),
         }
     }
 
@@ -214,9 +212,7 @@ impl Layers {
     /// Until `stop`; what is being filled is given up then and goes on at the next start.
     pub async fn run(&self, stop: CancellationToken) {
         stop.cancelled().await;
-        self.stop.cancel();
-        self.tasks.close();
-        self.tasks.wait().await;
+        self.work.end().await;
     }
 
     /// The layer images that are not wholly here, where there is a store.

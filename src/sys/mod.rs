@@ -7,6 +7,7 @@
 
 pub mod beneath;
 mod blocking;
+pub mod decimal;
 pub mod extent;
 pub mod fdpass;
 pub mod fuse;

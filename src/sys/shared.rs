@@ -8,13 +8,12 @@
 //!
 //! **When it fails.** With the system's errno. A mapped file must not be truncated by anybody: that would be a SIGBUS as well.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{FallocateFlags, MemfdFlags};
+use rustix::fs::MemfdFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 
 /// Some bytes that others may hold as well.
@@ -34,12 +33,6 @@ pub fn memory(name: &str, length: u64) -> io::Result<OwnedFd> {
     let memory = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?;
     rustix::fs::ftruncate(&memory, length)?;
     Ok(memory)
-}
-
-/// Allocates the first `length` bytes of a file and makes it that long.
-pub fn allocate(file: &File, length: u64) -> io::Result<()> {
-    file.set_len(length)?;
-    Ok(rustix::fs::fallocate(file, FallocateFlags::empty(), 0, length)?)
 }
 
 impl Shared {

@@ -117,11 +117,10 @@ pub fn parse(bytes: &[u8]) -> Option<Message> {
     Some(Message { unique, node, request })
 }
 
-/// Only the canonical form: not `007`.
 fn named(body: &[u8]) -> Option<u64> {
     let end = body.iter().position(|byte| *byte == 0)?;
     let name = std::str::from_utf8(&body[..end]).ok()?;
-    name.parse::<u64>().ok().filter(|serial| *serial > 0 && serial.to_string() == name)
+    crate::sys::decimal::parse(name).filter(|serial| *serial > 0)
 }
 
 /// The header of an answer with `body` bytes behind it; `errno` is 0 or positive.

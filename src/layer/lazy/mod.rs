@@ -33,6 +33,7 @@ use super::gate::Gate;
 use super::presence::Presence;
 use super::work::Work;
 use crate::content::index::{IndexDigest, LayerIndex, Limits};
+use crate::sys::decimal;
 use crate::sys::fuse::{self, Mount};
 
 use helper::{Helper, HelperError};
@@ -121,9 +122,9 @@ impl ColdLayers {
         let opened = self.open(serial, || {
             let bytes = store.read_index(serial)?;
             let digest = *IndexDigest::of(&bytes).as_bytes();
-            let map = store.open_map(serial).ok()?;
             // A complete one has no map, and every byte of it was checked.
-            let vouched = store.is_complete(serial) || Presence::index_of(&map).ok()?? == digest;
+            let vouched = store.is_complete(serial)
+                || Presence::index_of(&store.open_map(serial).ok()?).ok()?? == digest;
             vouched.then(|| LayerIndex::decode(&bytes, Limits::default()).ok().map(Arc::new))?
         });
         opened
@@ -164,12 +165,10 @@ impl Lazy {
     pub fn start(kept: Kept, layers: Arc<ColdLayers>, resume: Resume, exe: &Path) -> std::io::Result<Lazy> {
         let journal = Journal::open(kept.journal.as_fd())?;
         let connection = Arc::new(kept.connection);
-        let session = {
-            let work = Arc::clone(layers.work());
-            Session::start(Arc::clone(&connection), (journal, layers, work), resume)?
-        };
+        let work = Arc::clone(layers.work());
+        let session = Session::start(Arc::clone(&connection), journal, layers, work, resume)?;
         let (mount, helper) = (Mount::from_fd(kept.mount), Helper::new(exe.to_owned()));
-        let resumed = resume != Resume::First;
+        let resumed = resume == Resume::Again;
         Ok(Lazy { session, connection, mount, journal: kept.journal, helper, resumed })
     }
 
@@ -230,6 +229,5 @@ impl Lazy {
 
 /// Whether a file that is below a loop device is a layer image's FUSE file; its serial.
 pub fn serial_below(image: &Path) -> Option<u64> {
-    let name = image.to_str()?.strip_prefix('/')?;
-    name.parse::<u64>().ok().filter(|serial| serial.to_string() == name)
+    decimal::parse(image.to_str()?.strip_prefix('/')?)
 }

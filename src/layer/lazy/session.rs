@@ -90,22 +90,22 @@ pub struct Session {
     pub counts: Counts,
 }
 
-/// How to get what predecessors did not answer.
+/// Whether somebody served the connection before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resume {
-    /// Nobody served before.
+    /// Nobody did.
     First,
-    /// The kernel sends it again, where it can; else as below.
-    Kernel,
-    /// From the journal.
-    Journal,
+    /// What predecessors did not answer, the kernel sends again, where it can; else it is taken from the journal.
+    Again,
 }
 
 impl Session {
     /// Serves until the connection ends; the threads are not waited for.
     pub fn start(
         connection: Arc<OwnedFd>,
-        (journal, source, work): (Journal, Arc<dyn Source>, Arc<Work>),
+        journal: Journal,
+        source: Arc<dyn Source>,
+        work: Arc<Work>,
         resume: Resume,
     ) -> io::Result<Arc<Session>> {
         let (ended, counts) = (AtomicBool::new(false), Counts::default());
@@ -116,11 +116,9 @@ impl Session {
             let name = format!("layers-{number}");
             std::thread::Builder::new().name(name).spawn(move || session.serve())?;
         }
-        if resume != Resume::First {
+        if resume == Resume::Again {
             let resuming = Arc::clone(&session);
-            std::thread::Builder::new()
-                .name("layers-resume".into())
-                .spawn(move || resuming.resume(resume))?;
+            std::thread::Builder::new().name("layers-resume".into()).spawn(move || resuming.resume())?;
         }
         Ok(session)
     }
@@ -159,10 +157,13 @@ impl Session {
     }
 
     /// What the kernel sends again comes to everybody; what the journal holds is handled here.
-    fn resume(self: &Arc<Self>, resume: Resume) {
-        let resent = resume == Resume::Kernel && {
+    fn resume(self: &Arc<Self>) {
+        let resend = || fuse::write(&self.connection, &[IoSlice::new(&message::resend())]);
+        // Asked before anything is forgotten: where the kernel refuses, the journal is all there is. And again afterwards, for what
+        // a predecessor may have taken between the two.
+        let resent = resend().is_ok() && {
             self.journal.forget_left();
-            fuse::write(&self.connection, &[IoSlice::new(&message::resend())]).is_ok()
+            resend().is_ok()
         };
         if !resent {
             self.replay();
@@ -171,7 +172,7 @@ impl Session {
             std::thread::sleep(Duration::from_millis(pause));
             if resent && self.journal.forget_left() {
                 // What is being answered is then sent again as well, and answered twice: harmless.
-                if let Err(error) = fuse::write(&self.connection, &[IoSlice::new(&message::resend())]) {
+                if let Err(error) = resend() {
                     tracing::warn!(%error, "the kernel does not repeat what a predecessor took");
                 }
             } else if !resent {
@@ -263,5 +264,55 @@ impl Session {
             Err(error) => tracing::error!(%error, "an answer to the kernel was refused"),
             Ok(()) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[derive(Debug)]
+    struct Nothing;
+
+    #[async_trait]
+    impl Source for Nothing {
+        fn size(&self, _: u64) -> Option<u64> {
+            None
+        }
+
+        fn read_now(&self, _: u64, _: u64, _: u32) -> Option<Vec<Bytes>> {
+            None
+        }
+
+        async fn read(&self, _: u64, _: u64, _: u32) -> Option<Vec<Bytes>> {
+            None
+        }
+    }
+
+    /// On a kernel that sends nothing again the journal was cleared before the kernel was asked: readers would have waited for ever.
+    #[tokio::test]
+    async fn where_the_kernel_sends_nothing_again_the_journal_is_answered() {
+        let memory = Journal::memory().unwrap();
+        let predecessor = Journal::open(&memory).unwrap();
+        let (taken, mut sink) = io::pipe().unwrap();
+        let mut request = [0; 80];
+        request[..4].copy_from_slice(&80_u32.to_ne_bytes());
+        request[4..8].copy_from_slice(&15_u32.to_ne_bytes());
+        sink.write_all(&request).unwrap();
+        predecessor.receive(predecessor.take(), &taken.into()).unwrap().unwrap();
+        // Reads of it wait, and nothing can be written to it; its other end stays open as long as the threads.
+        let (connection, other_end) = io::pipe().unwrap();
+        std::mem::forget(other_end);
+        let (journal, work) = (Journal::open(&memory).unwrap(), Arc::default());
+        let connection = Arc::new(connection.into());
+        let session = Session::start(connection, journal, Arc::new(Nothing), work, Resume::Again).unwrap();
+        let answered = async {
+            while session.counts.taken_over.load(Ordering::Relaxed) == 0 || !session.journal.left().is_empty()
+            {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), answered).await.unwrap();
     }
 }

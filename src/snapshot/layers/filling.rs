@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -32,13 +33,7 @@ impl Layers {
         let fill = Arc::new(Fill { state: watch::Sender::new(State::Running) });
         fills.insert(serial, Arc::clone(&fill));
         let (this, mine) = (Arc::clone(self), Arc::clone(&fill));
-        self.tasks.spawn(async move {
-            let stop = this.stop.clone();
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = this.run_fill(serial, &mine) => {}
-            }
-        });
+        self.work.spawn(&Handle::current(), async move { this.run_fill(serial, &mine).await });
         fill
     }
 
