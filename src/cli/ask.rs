@@ -1,10 +1,13 @@
 //! `speedy status`, `layers` and `explain`: what a running daemon says.
 
 use std::fmt::Write as _;
+use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::de::DeserializeOwned;
 
 use super::print;
@@ -17,6 +20,9 @@ use crate::proto::containerd::services::containers::v1::containers_client::Conta
 use crate::proto::speedy::v1::control_client::ControlClient;
 use crate::proto::speedy::v1::{ExplainRequest, LayersRequest, Report, StatusRequest};
 use crate::snapshot::report::{LayerExplained, LayerReport, StatusReport};
+
+/// How often a daemon is asked that is waited for.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// What to print.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,13 +40,40 @@ pub(super) fn status(effective: &Effective, form: Form) -> anyhow::Result<ExitCo
     })
 }
 
-/// `speedy layers`.
-pub(super) fn layers(effective: &Effective, form: Form) -> anyhow::Result<ExitCode> {
+/// `speedy layers`; with `wait`, once none of them is being fetched any more.
+pub(super) fn layers(effective: &Effective, form: Form, wait: bool) -> anyhow::Result<ExitCode> {
     runtime()?.block_on(async {
         let mut daemon = daemon(&effective.config.address).await?;
-        let report = daemon.layers(LayersRequest {}).await;
-        answer(report?.into_inner(), form, |layers: &Vec<LayerReport>| layers_text(layers))
+        let bar = (wait && std::io::stderr().is_terminal()).then(progress);
+        loop {
+            let report = daemon.layers(LayersRequest {}).await?.into_inner();
+            let layers: Vec<LayerReport> = match serde_json::from_slice(&report.json) {
+                Err(error) if wait => return Err(error).context("the daemon is of another version"),
+                read => read.unwrap_or_default(),
+            };
+            let filling = layers.iter().filter(|layer| layer.state == "filling").count();
+            if wait && filling > 0 {
+                if let Some(bar) = &bar {
+                    let percent: u64 = layers.iter().map(|layer| u64::from(layer.percent)).sum();
+                    bar.set_position(percent / layers.len() as u64);
+                    bar.set_message(format!("{filling} of {} layers are being fetched", layers.len()));
+                }
+                tokio::time::sleep(LOOK).await;
+                continue;
+            }
+            if let Some(bar) = bar {
+                bar.finish_and_clear();
+            }
+            let code = answer(report, form, |layers: &Vec<LayerReport>| layers_text(layers))?;
+            let failed = layers.iter().any(|layer| layer.state == "failed");
+            return Ok(if wait && failed { ExitCode::FAILURE } else { code });
+        }
     })
+}
+
+fn progress() -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:12} {percent:>3} %  {wide_msg}");
+    ProgressBar::new(100).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 /// `speedy explain`.

@@ -90,6 +90,9 @@ enum Verb {
     Layers {
         #[command(flatten)]
         settings: Settings,
+        /// Return when all of them are on the disk, with 1 if one cannot be fetched
+        #[arg(long)]
+        wait: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -198,8 +201,8 @@ pub fn run() -> ExitCode {
         Verb::Status { settings, json } => {
             settings.load().and_then(|effective| ask::status(&effective, form(json)))
         }
-        Verb::Layers { settings, json } => {
-            settings.load().and_then(|effective| ask::layers(&effective, form(json)))
+        Verb::Layers { settings, wait, json } => {
+            settings.load().and_then(|effective| ask::layers(&effective, form(json), wait))
         }
         Verb::Explain { settings, namespace, json, what } => settings.load().and_then(|effective| {
             ask::explain(&effective, &namespace_or_default(namespace), &what, form(json))

@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -34,12 +34,18 @@ use super::gate::{Gate, Urgency};
 use super::presence::{self, Earlier, Presence};
 use crate::chunk::{ChunkId, ChunkRef};
 use crate::content::index::{IndexDigest, LayerIndex};
-use crate::sys::{blocking, extent};
+use crate::sys::blocking;
+use crate::sys::extent::{self, Direct};
 
 /// How many chunks of one layer are on their way at once: 32 of a quarter MiB keep a link of 1 Gbit/s and 20 ms busy.
 const AT_ONCE: usize = 32;
 /// How many chunks are fetched ahead of a reader that goes forward.
 const AHEAD: usize = 8;
+/// How many bytes are read back from the disk at once, at least a chunk, and how many times at once.
+const RUN: usize = 2 << 20;
+const VERIFIERS: usize = 2;
+/// After how many bytes the disk is given something to do: it would stand still until the end else.
+const WRITEBACK: u64 = 16 << 20;
 /// How often it is looked whether there is something to do.
 const LOOK: Duration = Duration::from_millis(50);
 /// How long a read waits for a store that does not give its chunk.
@@ -67,6 +73,8 @@ pub struct Cold {
     supply: Supply,
     gate: Arc<Gate>,
     full: AtomicBool,
+    /// Bytes that the kernel was not told to write to the disk yet.
+    unwritten: AtomicU64,
     /// How far it is.
     pub progress: FillProgress,
 }
@@ -117,6 +125,7 @@ impl Cold {
             supply,
             gate,
             full,
+            unwritten: AtomicU64::new(0),
             progress,
         };
         let kept = (0..cold.index.chunks().len()).filter(|at| cold.has(*at));
@@ -274,7 +283,7 @@ impl Cold {
     }
 
     /// The chunk is in the file now.
-    fn count(&self, at: usize, counter: &std::sync::atomic::AtomicU64) {
+    fn count(&self, at: usize, counter: &AtomicU64) {
         if self.presence.as_ref().is_some_and(|presence| presence.set(at)) {
             counter.fetch_add(u64::from(self.index.chunk(at).1.length), Ordering::Relaxed);
         }
@@ -305,6 +314,7 @@ impl Cold {
                         Supplier::Node => &this.progress.shared,
                     };
                     this.count(at, counter);
+                    this.write_back(bytes.len() as u64);
                 }
                 Err(error) if !this.full.swap(true, Ordering::AcqRel) => {
                     tracing::error!(serial = this.serial, %error, "a layer cannot be kept; it is read from the store as it is wanted");
@@ -315,6 +325,13 @@ impl Cold {
             drop(room);
             written.map_err(|error| LayerError::at(&this.path, error))
         }))
+    }
+
+    fn write_back(&self, bytes: u64) {
+        if self.unwritten.fetch_add(bytes, Ordering::Relaxed) + bytes >= WRITEBACK {
+            self.unwritten.store(0, Ordering::Relaxed);
+            extent::begin_writing(&self.file);
+        }
     }
 
     /// Makes these chunks present, because somebody waits for all of them; returns when they are in the file. Not synced.
@@ -389,24 +406,44 @@ impl Cold {
 
     /// Whether the disk itself has the right bytes of all chunks; to be asked after the file was synced.
     pub async fn verify(&self) -> Result<(), LayerError> {
-        let (path, index) = (self.path.clone(), Arc::clone(&self.index));
+        let next = AtomicUsize::new(0);
+        future::try_join_all((0..VERIFIERS).map(|_| self.verify_runs(&next).boxed())).await.map(drop)
+    }
+
+    /// Looks at runs of chunks until none is left; where the next one begins is shared by those who do this at once.
+    async fn verify_runs(&self, next: &AtomicUsize) -> Result<(), LayerError> {
         let io = |error| LayerError::at(&self.path, error);
-        let file = Arc::new(extent::open_direct(&self.file).map_err(io)?);
-        for at in 0..index.chunks().len() {
+        let mut disk = Direct::open(&self.file, RUN).map_err(io)?;
+        let run_from = |first| (first < self.index.chunks().len()).then(|| self.run(first).end);
+        while let Ok(first) = next.fetch_update(Ordering::AcqRel, Ordering::Acquire, run_from) {
             let _turn = self.gate.turn(self.serial).await;
-            let (offset, chunk) = index.chunk(at);
-            let file = Arc::clone(&file);
-            let read =
-                blocking(move || extent::read_direct(&file, offset, chunk.length as usize, ChunkId::of));
-            if read.await.map_err(io)? != chunk.id {
+            let (index, run) = (Arc::clone(&self.index), self.run(first));
+            let bad = blocking(move || {
+                let bad = first_bad(&mut disk, &index, run)?;
+                Ok::<_, std::io::Error>((disk, bad))
+            });
+            let (back, bad) = bad.await.map_err(io)?;
+            disk = back;
+            if let Some(at) = bad {
                 // To be fetched again.
                 if let Some(presence) = &self.presence {
                     presence.clear(at);
                 }
-                return Err(LayerError::Damaged { path, chunk: chunk.id });
+                let chunk = self.index.chunk(at).1.id;
+                return Err(LayerError::Damaged { path: self.path.clone(), chunk });
             }
         }
         Ok(())
+    }
+
+    /// As many chunks from this one on as are read from the disk at once.
+    fn run(&self, first: usize) -> Range<usize> {
+        let begin = self.index.chunk(first).0;
+        let fits = |at: &usize| {
+            let (offset, chunk) = self.index.chunk(*at);
+            offset + u64::from(chunk.length) - begin <= RUN as u64
+        };
+        first..first + 1 + (first + 1..self.index.chunks().len()).take_while(fits).count()
     }
 
     async fn make_present(self: &Arc<Self>, at: usize, urgency: Urgency) -> Result<(), LayerError> {
@@ -424,6 +461,21 @@ impl Cold {
         }
         Ok(())
     }
+}
+
+/// The first chunk of a run that the disk has wrong.
+fn first_bad(disk: &mut Direct, index: &LayerIndex, run: Range<usize>) -> std::io::Result<Option<usize>> {
+    let (begin, (last, end)) = (index.chunk(run.start).0, index.chunk(run.end - 1));
+    let within = |offset: u64| usize::try_from(offset - begin).map_err(std::io::Error::other);
+    let bytes = disk.read(begin, within(last + u64::from(end.length))?)?;
+    for at in run {
+        let (offset, chunk) = index.chunk(at);
+        let start = within(offset)?;
+        if ChunkId::of(&bytes[start..start + chunk.length as usize]) != chunk.id {
+            return Ok(Some(at));
+        }
+    }
+    Ok(None)
 }
 
 /// What the workers of one fill have taken on.

@@ -31,7 +31,7 @@ bench_image_delay() {
                 took=$(on b ready "$(snapshotter_of "$how")" "$name")
                 record "$name" "$how: MB over the link until ready" "$(link_counters '.down / 1000000 | floor')"
                 link_post "link?mbit=0&delay=0"
-                [[ $how == overlayfs ]] || wait_for 120 "the layers to be durable" on b filled
+                [[ $how == overlayfs ]] || on b filled 120
                 cold
                 here=$(on b ready_here "$(snapshotter_of "$how")" "$name")
                 record "$name" "$how: absent, s" "$(seconds_of "$took")"

@@ -94,7 +94,7 @@ sys.exit(code)' "$@"
 }
 
 fetch_all() {
-    pull_by ctr speedy "$1" && wait_for 600 "the layers' data" filled
+    pull_by ctr speedy "$1" && filled 600
 }
 
 # restart_with ENDPOINT FLAG...

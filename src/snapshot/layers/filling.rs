@@ -80,15 +80,19 @@ impl Layers {
             if self.lazy.is_some() {
                 cold.expect_readers();
             }
+            let began = Instant::now();
             cold.fill().await?;
+            let fetched = began.elapsed();
             // Checked bytes in the page cache are as good as any for a container that starts now: only the record, which says that
             // nothing need be hashed after a crash, waits for the disk.
             fill.state.send_replace(State::Usable);
             let (store, file) = (Arc::clone(&self.store), Arc::clone(cold.file()));
-            let synced = Arc::clone(&file);
+            let written = Arc::clone(&file);
             let path = store.image(serial);
-            blocking(move || synced.sync_all().map_err(|error| LayerError::at(&path, error))).await?;
+            blocking(move || written.sync_all().map_err(|error| LayerError::at(&path, error))).await?;
+            let synced = began.elapsed();
             cold.verify().await?;
+            tracing::debug!(serial, ?fetched, ?synced, verified = ?began.elapsed(), "a layer is on the disk");
             blocking(move || store.complete(serial, &file)).await?;
         }
         self.share(serial, cold.index());
