@@ -37,7 +37,7 @@ mod tests;
 pub use file::toml_to_json;
 pub use value::{
     ByteSize, DriverKind, LayerSharing, LazyMode, LogFormat, LogLevel, Percent, PublishPolicy, StoreUrl,
-    Timespan, TrustMode,
+    Timespan, TraceMode, TrustMode,
 };
 
 use key::{Given, KEYS, Key, Problem};
@@ -140,6 +140,8 @@ pub struct FetchConfig {
     pub deadline: Timespan,
     /// Whether containers start before their layers are here.
     pub lazy: LazyMode,
+    /// Whether starts are recorded, and what they read is fetched first.
+    pub traces: TraceMode,
 }
 
 /// Putting layers on the store.
@@ -181,7 +183,11 @@ impl Default for Config {
                 entries: 2_000_000,
                 metadata: ByteSize::from_mib(512),
             },
-            fetch: FetchConfig { deadline: Timespan::from_secs(5), lazy: LazyMode::Auto },
+            fetch: FetchConfig {
+                deadline: Timespan::from_secs(5),
+                lazy: LazyMode::Auto,
+                traces: TraceMode::Auto,
+            },
             publish: PublishConfig { policy: PublishPolicy::Auto },
             trust: TrustConfig { mode: TrustMode::Keys, keys: Vec::new() },
         }

@@ -291,6 +291,7 @@ fn about(config: &Config, composed: &remote::Composed) -> About {
         root: config.root.display().to_string(),
         layer_images: composed.layer_images.clone(),
         lazy: composed.lazy.clone(),
+        traces: composed.traces,
         publish_policy: publish_policy.to_owned(),
         store: Box::new(remote::store_state(config, composed)),
         free_bytes: Box::new(move || space::free_bytes(&root).unwrap_or(0)),

@@ -19,7 +19,7 @@ use tracing_subscriber::fmt::MakeWriter;
 mod levels;
 
 use levels::LevelCollector;
-pub use levels::{LayerLevels, Levels, PublishLevels, StoreLevels, Timing};
+pub use levels::{LayerLevels, Levels, PublishLevels, StoreLevels, Timing, TraceLevels};
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -19,7 +19,7 @@ use crate::proto::containerd::services::containers::v1::GetContainerRequest;
 use crate::proto::containerd::services::containers::v1::containers_client::ContainersClient;
 use crate::proto::speedy::v1::control_client::ControlClient;
 use crate::proto::speedy::v1::{ExplainRequest, LayersRequest, Report, StatusRequest};
-use crate::snapshot::report::{LayerExplained, LayerReport, StatusReport};
+use crate::snapshot::report::{LayerExplained, LayerReport, StatusReport, TraceState};
 
 /// How often a daemon is asked that is waited for.
 const LOOK: Duration = Duration::from_millis(50);
@@ -192,6 +192,7 @@ fn status_text(status: &StatusReport) -> String {
             line("trust", trust_text(&store.trust, &store.keys));
         }
     }
+    line("traces", traces_text(&status.traces));
     let publish = &status.publish;
     line(
         "publish",
@@ -212,6 +213,15 @@ fn status_text(status: &StatusReport) -> String {
         line("", format!("{subject} {what}: {}", problem.message));
     }
     out
+}
+
+fn traces_text(traces: &TraceState) -> String {
+    let TraceState { policy, read, written, recording, chunks, used, expected, .. } = traces;
+    format!(
+        "{policy}; {read} read and {written} written since the start, {recording} starts being recorded; {chunks} chunks ({}) fetched \
+         before anybody asked, of {expected} that were expected {used} were read",
+        bytes(traces.bytes)
+    )
 }
 
 fn trust_text(mode: &str, keys: &[String]) -> String {
@@ -285,6 +295,9 @@ fn explain_text(what: &str, layers: &[LayerExplained]) -> String {
         }
         if let Some(remote) = &layer.remote {
             write!(text, "\n     store: {remote}").expect("writing to a string does not fail");
+        }
+        if let Some(trace) = &layer.trace {
+            write!(text, "\n     trace: {trace}").expect("writing to a string does not fail");
         }
         if let Some(publish) = &layer.publish {
             write!(text, "\n     publishing: {publish}").expect("writing to a string does not fail");

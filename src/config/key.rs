@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use super::value::{
     ByteSize, DriverKind, LayerSharing, LazyMode, LogFormat, LogLevel, Percent, PublishPolicy, StoreUrl,
-    Timespan, TrustMode,
+    Timespan, TraceMode, TrustMode,
 };
 use super::{Config, FILE_VARIABLE, PREFIX, show};
 use crate::content::trust::PublicKey;
@@ -273,6 +273,14 @@ pub(super) const KEYS: &[Key] = &[
             LazyMode::parse(&given.text()?).map(|lazy| config.fetch.lazy = lazy).map_err(value)
         },
         show: |config| json!(config.fetch.lazy),
+    },
+    Key {
+        name: "fetch.traces",
+        accepted: TraceMode::ACCEPTED,
+        set: |config, given| {
+            TraceMode::parse(&given.text()?).map(|traces| config.fetch.traces = traces).map_err(value)
+        },
+        show: |config| json!(config.fetch.traces),
     },
     Key {
         name: "publish.policy",

@@ -115,6 +115,17 @@ words! {
 }
 
 words! {
+    /// Whether starts of images are recorded, and what they read is fetched first.
+    TraceMode {
+        /// Where layers are read lazily.
+        Auto = "auto",
+        /// Neither.
+        Off = "off",
+    }
+    "\"auto\" or \"off\""
+}
+
+words! {
     /// Which layers are put on the store.
     PublishPolicy {
         /// Those that this node pulls.

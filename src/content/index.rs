@@ -268,6 +268,12 @@ impl LayerIndex {
         std::iter::once(0).chain(self.before_metadata..self.chunks.len())
     }
 
+    /// The places of the chunks of file data that have bytes in a range.
+    pub fn data_covering(&self, range: &Range<u64>) -> Range<usize> {
+        let chunks = self.covering(range);
+        chunks.start.max(1)..chunks.end.min(self.before_metadata)
+    }
+
     /// The plain bytes of all chunks: the image without its holes.
     pub fn plain_bytes(&self) -> u64 {
         self.chunks.iter().map(|placed| u64::from(placed.chunk().length)).sum()

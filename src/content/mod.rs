@@ -1,7 +1,7 @@
 //! Layers on the object store.
 //!
 //! **What.** [`ContentStore`] finds the layer that makes a chain ([`ContentStore::lookup`]), gives its chunks, and publishes
-//! layer images ([`publish`]) and the names of images ([`name`]). [`index`], [`mod@reference`] and [`name`] are the formats,
+//! layer images ([`publish`]) and the names of images ([`name`]). [`index`], [`mod@reference`], [`name`] and [`trace`] are the formats,
 //! [`trust`] says whose word is taken. [`below`] answers what a layer takes over from the layers below it. [`memory`] is a source of layers for trials.
 //!
 //! **Where.** Called by `snapshot`, `daemon` and `cli`; calls [`crate::chunk`], [`crate::object`] and [`crate::image`]. Knows no
@@ -43,6 +43,7 @@ pub mod memory;
 pub mod name;
 pub mod publish;
 pub mod reference;
+pub mod trace;
 pub mod trust;
 
 mod cut;

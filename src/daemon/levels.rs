@@ -7,7 +7,7 @@ use crate::object::{BOUNDS, Objects};
 use crate::snapshot::metastore::MetaStore;
 use crate::snapshot::snapshotter::Snapshotter;
 use crate::sys::space;
-use crate::telemetry::{LayerLevels, Levels, PublishLevels, StoreLevels, Timing};
+use crate::telemetry::{LayerLevels, Levels, PublishLevels, StoreLevels, Timing, TraceLevels};
 
 /// Gathers it whenever that is called, on a thread that may block.
 pub(super) fn read(
@@ -33,6 +33,7 @@ pub(super) fn read(
             metadata_bytes: size(meta.path().to_owned()) + size(log),
             free_bytes: space::free_bytes(&root).unwrap_or(0),
             layers: layers(&snapshotter),
+            traces: traces(&snapshotter),
             publish: publish(&snapshotter),
             store: objects.as_ref().map(store),
         }
@@ -56,6 +57,21 @@ fn layers(snapshotter: &Snapshotter) -> LayerLevels {
         fills: vec![("done", fills.done), ("failed", fills.failed)],
         filled_bytes: vec![("store", fills.fetched), ("node", fills.shared)],
         lookups: snapshotter.lookups(),
+    }
+}
+
+fn traces(snapshotter: &Snapshotter) -> TraceLevels {
+    let state = snapshotter.trace_state("");
+    TraceLevels {
+        traces: vec![
+            ("read", state.read),
+            ("passed_over", state.passed_over),
+            ("written", state.written),
+            ("failed", state.failed),
+        ],
+        prefetched: state.chunks,
+        bytes: state.bytes,
+        chunks: vec![("yes", state.used), ("no", state.expected.saturating_sub(state.used))],
     }
 }
 

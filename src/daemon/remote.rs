@@ -8,7 +8,7 @@ use super::keeping::{self, Keeping};
 use crate::chunk::merged::Merged;
 use crate::chunk::remote::Remote as RemoteChunks;
 use crate::chunk::verified::Verified;
-use crate::config::{Config, LazyMode, PublishPolicy, TrustMode};
+use crate::config::{Config, LazyMode, PublishPolicy, TraceMode, TrustMode};
 use crate::containerd::blob::Blobs;
 use crate::content::memory::MemorySource;
 use crate::content::trust::{KEY_FILE, PublicKey, PublisherKey, Trust};
@@ -24,6 +24,7 @@ use crate::snapshot::metastore::MetaStore;
 use crate::snapshot::publish::Publisher;
 use crate::snapshot::report::StoreState;
 use crate::snapshot::snapshotter::Remote;
+use crate::snapshot::traces::Traces;
 
 /// What was composed, and what can be said about it.
 pub(super) struct Composed {
@@ -32,6 +33,8 @@ pub(super) struct Composed {
     pub(super) layer_images: String,
     /// Whether layers are read lazily here, or why not.
     pub(super) lazy: String,
+    /// Whether starts are recorded here, or why not.
+    pub(super) traces: &'static str,
     pub(super) objects: Option<Objects>,
     pub(super) keeping: Option<Arc<Keeping>>,
 }
@@ -95,8 +98,19 @@ pub(super) fn compose(
         (None, _, None) => "off: there is no store",
         (None, ..) => "off: this kernel cannot; see the log and speedy check",
     };
-    let remote = Remote { source, layers, content, publisher };
-    Ok(Composed { remote, layer_images, lazy: lazy.to_owned(), objects, keeping })
+    let traces = match (config.fetch.traces, &layers, &content) {
+        (TraceMode::Auto, Some(layers), Some(content)) => {
+            Traces::new(Arc::clone(meta), Arc::clone(layers), Arc::clone(content)).map(Arc::new)
+        }
+        _ => None,
+    };
+    let trace_policy = match (config.fetch.traces, &traces) {
+        (TraceMode::Off, _) => "off: fetch.traces says so",
+        (TraceMode::Auto, None) => "off: layers are not read lazily here",
+        (TraceMode::Auto, Some(_)) => "auto",
+    };
+    let (remote, lazy) = (Remote { source, layers, content, publisher, traces }, lazy.to_owned());
+    Ok(Composed { remote, layer_images, lazy, traces: trace_policy, objects, keeping })
 }
 
 /// A node that cannot mount layer images is a node like any other, without them.

@@ -345,6 +345,12 @@ impl Cold {
             .await
     }
 
+    /// Has a chunk ready for readers that will want it; how many bytes of it were not here. Whoever reads goes first.
+    pub async fn prefetch(self: &Arc<Self>, at: usize) -> Result<u32, LayerError> {
+        let (bytes, _) = self.chunk(at, Urgency::Ahead).await?;
+        Ok(if bytes.is_some() { self.index.chunk(at).1.length } else { 0 })
+    }
+
     /// Makes all chunks present, those behind what was read last first; returns when they are in the file. Not synced.
     pub async fn fill(self: &Arc<Self>) -> Result<(), LayerError> {
         let claims = Claims { claimed: Mutex::new(HashSet::new()), from: AtomicUsize::new(0) };
@@ -352,7 +358,7 @@ impl Cold {
             loop {
                 let mut turn = self.gate.turn(self.serial).await;
                 let mut at = self.claim(&claims, turn.only_next);
-                if let (None, Some(rest)) = (at, self.gate.try_rest()) {
+                if let (None, Some(rest)) = (at, self.gate.try_rest(self.serial)) {
                     turn = rest;
                     at = self.claim(&claims, false);
                 }

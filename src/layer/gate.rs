@@ -1,5 +1,6 @@
 //! Who may fetch when: reads that somebody waits for, before what is fetched because it will be wanted.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -34,6 +35,8 @@ pub struct Gate {
     read: AtomicU64,
     next: Semaphore,
     rest: Semaphore,
+    /// Layers of which only what will be read next is fetched; by how many.
+    held: Mutex<HashMap<u64, usize>>,
     demand: Arc<Semaphore>,
     ahead: Arc<Semaphore>,
 }
@@ -44,7 +47,8 @@ impl Default for Gate {
         let (demand, ahead) = (room(ROOM_DEMAND), room(ROOM_AHEAD));
         let (next, rest) = (Semaphore::new(NEXT), Semaphore::new(REST));
         let (waited_for, busy) = (AtomicUsize::new(0), Mutex::default());
-        Gate { waited_for, busy, read: AtomicU64::new(0), next, rest, demand, ahead }
+        let (read, held) = (AtomicU64::new(0), Mutex::default());
+        Gate { waited_for, busy, read, next, rest, held, demand, ahead }
     }
 }
 
@@ -63,6 +67,27 @@ pub struct Turn<'a> {
     /// Only what a reader will want next.
     pub only_next: bool,
     _permit: Option<SemaphorePermit<'a>>,
+}
+
+/// Some layers are not filled as long as this lives.
+#[derive(Debug)]
+pub struct Held {
+    gate: Arc<Gate>,
+    serials: Vec<u64>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut held = self.gate.held.lock();
+        for serial in &self.serials {
+            if let Some(by) = held.get_mut(serial) {
+                *by -= 1;
+                if *by == 0 {
+                    held.remove(serial);
+                }
+            }
+        }
+    }
 }
 
 /// Somebody waits as long as this lives.
@@ -89,6 +114,19 @@ impl Gate {
         self.is_busy_until(Instant::now() + HEAD_START);
     }
 
+    /// Of these layers only what readers will want next is fetched as long as the answer lives: something knows better what to
+    /// fetch, and what of them is not read in time would only take its place on the link.
+    pub fn hold(self: &Arc<Self>, serials: Vec<u64>) -> Held {
+        let mut held = self.held.lock();
+        serials.iter().for_each(|serial| *held.entry(*serial).or_default() += 1);
+        drop(held);
+        Held { gate: Arc::clone(self), serials }
+    }
+
+    fn is_held(&self, serial: u64) -> bool {
+        self.held.lock().contains_key(&serial)
+    }
+
     fn is_busy_until(&self, until: Instant) {
         let mut busy = self.busy.lock();
         *busy = Some(busy.map_or(until, |busy| busy.max(until)));
@@ -104,9 +142,15 @@ impl Gate {
     }
 
     /// Returns when it is the turn of what nobody waits for. While somebody reads that is what will be read next in the layer that
-    /// was read last, some at once, and one of all the rest.
+    /// was read last, some at once, and one of all the rest; of a layer that is held nothing of the rest, whoever reads.
     pub async fn turn(&self, serial: u64) -> Turn<'_> {
-        while let Some(busy) = self.busy_for() {
+        loop {
+            let held = self.is_held(serial);
+            let busy = match self.busy_for() {
+                Some(busy) => busy,
+                None if held => LOOK,
+                None => return Turn { only_next: false, _permit: None },
+            };
             let read = self.read.load(Ordering::Acquire) == serial;
             let next = async {
                 match read {
@@ -117,15 +161,17 @@ impl Gate {
             tokio::select! {
                 biased;
                 permit = next => return Turn { only_next: true, _permit: permit },
-                permit = self.rest.acquire() => return Turn { only_next: false, _permit: permit.ok() },
+                permit = self.rest.acquire(), if !held => return Turn { only_next: false, _permit: permit.ok() },
                 () = tokio::time::sleep(busy.min(LOOK)) => {}
             }
         }
-        Turn { only_next: false, _permit: None }
     }
 
-    /// The turn for the rest, if it is free.
-    pub fn try_rest(&self) -> Option<Turn<'_>> {
+    /// The turn for the rest of a layer, if it is free.
+    pub fn try_rest(&self, serial: u64) -> Option<Turn<'_>> {
+        if self.is_held(serial) {
+            return None;
+        }
         let permit = self.rest.try_acquire().ok()?;
         Some(Turn { only_next: false, _permit: Some(permit) })
     }
@@ -155,7 +201,7 @@ mod tests {
         let demand = gate.demand(5);
         let slowly: Vec<_> = futures::future::join_all((0..NEXT + REST).map(|_| gate.turn(5))).await;
         assert_eq!(slowly.iter().filter(|turn| turn.only_next).count(), NEXT);
-        assert!(gate.try_rest().is_none());
+        assert!(gate.try_rest(5).is_none());
         assert_eq!(began.elapsed(), Duration::ZERO);
         drop(demand);
         assert!(!gate.turn(5).await.only_next);
@@ -170,5 +216,25 @@ mod tests {
         drop(gate.turn(6).await);
         assert_eq!(began.elapsed(), CALM + HEAD_START);
         drop(one);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_what_is_held_only_what_a_reader_wants_next_is_fetched() {
+        let gate = Arc::new(Gate::default());
+        let (held, twice) = (gate.hold(vec![5, 6]), gate.hold(vec![5]));
+        assert!(gate.try_rest(5).is_none() && gate.try_rest(7).is_some());
+        assert!(!gate.turn(7).await.only_next);
+        let not_soon = tokio::time::timeout(Duration::from_secs(100), gate.turn(5)).await;
+        assert!(not_soon.is_err(), "nobody has read it");
+        drop(gate.demand(5));
+        assert!(gate.turn(5).await.only_next);
+        tokio::time::sleep(2 * CALM).await;
+        assert!(gate.turn(5).await.only_next, "nor later");
+        drop(held);
+        assert!(gate.try_rest(5).is_none() && gate.try_rest(6).is_some());
+        drop(twice);
+        tokio::time::sleep(CALM).await;
+        assert!(!gate.turn(5).await.only_next);
+        assert!(gate.held.lock().is_empty());
     }
 }

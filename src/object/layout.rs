@@ -6,6 +6,7 @@
 //! indexes/<2 hex>/<64 hex>          a layer index; the name is the BLAKE3-256 of its bytes
 //! refs/<2 hex>/<64 hex>/<16 hex>    chain ID → index, signed; the last part names the publisher's key
 //! images/<2 hex>/<64 hex>/<16 hex>  an image's name, signed; written after the refs of all its layers
+//! traces/<2 hex>/<64 hex>/<16 hex>  chain ID → what a start read, a hint; the last part names the node's key
 //! ```
 //!
 //! `speedy.json` is written by whoever writes to the store first, always with the same bytes, so that two who come at once do
@@ -91,8 +92,17 @@ pub fn index(digest: &[u8; 32]) -> String {
 
 /// Under what the refs of a chain are.
 pub fn refs(chain: &ChainId) -> String {
+    of_chain("refs", chain)
+}
+
+/// Under what the traces of a chain are.
+pub fn traces(chain: &ChainId) -> String {
+    of_chain("traces", chain)
+}
+
+fn of_chain(kind: &str, chain: &ChainId) -> String {
     let hex = chain.0.as_str().trim_start_matches("sha256:");
-    format!("refs/{}/{hex}", &hex[..2])
+    format!("{kind}/{}/{hex}", &hex[..2])
 }
 
 /// The 32 bytes that the last part of a name of a chunk or an index stands for, if it is one.
@@ -124,6 +134,7 @@ mod tests {
         }
         let chain = ChainId(crate::oci::Digest::parse(&format!("sha256:{hex}")).unwrap());
         assert_eq!(refs(&chain), format!("refs/64/{hex}"));
+        assert_eq!(traces(&chain), format!("traces/64/{hex}"));
     }
 
     /// A change here is a change of the format: bump [`FORMAT`].

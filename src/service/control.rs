@@ -20,6 +20,8 @@ pub struct About {
     pub layer_images: String,
     /// Whether layers are read lazily here, or why not.
     pub lazy: String,
+    /// Whether starts are recorded here, or why not.
+    pub traces: &'static str,
     /// The publishing policy.
     pub publish_policy: String,
     /// The store as it is now.
@@ -53,6 +55,7 @@ impl ControlService {
             snapshots: self.snapshotter.snapshot_numbers(),
             layers: self.snapshotter.layer_numbers(),
             store: (about.store)(),
+            traces: self.snapshotter.trace_state(about.traces),
             publish: self.snapshotter.publish_state(&about.publish_policy),
             free_bytes: (about.free_bytes)(),
         }

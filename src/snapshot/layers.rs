@@ -37,6 +37,7 @@ use crate::layer::work::Work;
 use crate::layer::{LayerError, LayerStore};
 
 mod filling;
+mod watched;
 
 /// How long a layer whose data could not be fetched is pulled instead.
 const BROKEN: Duration = Duration::from_secs(3600);
@@ -56,6 +57,8 @@ pub struct Layers {
     broken: Mutex<HashMap<[u8; 32], Instant>>,
     attach_locks: KeyedLocks<u64>,
     attached: Mutex<HashMap<u64, How>>,
+    /// Those whose reads somebody wants to see; by how many.
+    watched: Mutex<HashMap<u64, usize>>,
     filled: Filled,
     work: Work,
 }
@@ -148,6 +151,7 @@ impl Layers {
             broken: Mutex::default(),
             attach_locks: KeyedLocks::default(),
             attached: Mutex::default(),
+            watched: Mutex::default(),
             filled: Filled::default(),
             work: Work::default(),
         }
@@ -332,7 +336,8 @@ impl Layers {
             if self.attached.lock().contains_key(&serial) {
                 continue;
             }
-            let how = if self.is_whole(serial) { How::Native } else { How::Lazy };
+            let native = self.is_whole(serial) && !self.is_watched(serial);
+            let how = if native { How::Native } else { How::Lazy };
             let this = Arc::clone(self);
             blocking(move || this.attach_now(serial, how)).await?;
             self.attached.lock().insert(serial, how);

@@ -45,6 +45,7 @@ pub mod report;
 mod schema;
 pub mod snapshotter;
 pub mod stock;
+pub mod traces;
 
 /// The longest key: containerd keeps keys in bolt, whose limit this is.
 pub const MAX_KEY_BYTES: usize = 32 * 1024;

@@ -24,6 +24,9 @@ pub struct StatusReport {
     pub layers: LayerNumbers,
     /// The store, if there is one.
     pub store: Option<StoreState>,
+    /// What is known of starts of images.
+    #[serde(default)]
+    pub traces: TraceState,
     /// What is put on the store.
     pub publish: PublishState,
     /// Bytes free on the root's file system.
@@ -72,6 +75,31 @@ pub struct StoreState {
     pub trust: String,
     /// The public keys that are trusted, this node's own first.
     pub keys: Vec<String>,
+}
+
+/// What is known of starts of images.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TraceState {
+    /// `auto`, or why nothing is recorded and nothing fetched by it.
+    pub policy: String,
+    /// Traces that were read from the store.
+    pub read: u64,
+    /// Those that were damaged or of another version.
+    pub passed_over: u64,
+    /// Starts that were recorded here, for all nodes.
+    pub written: u64,
+    /// Those that could not be written.
+    pub failed: u64,
+    /// Starts that are being recorded.
+    pub recording: usize,
+    /// Chunks that were fetched because of a trace, before anybody asked.
+    pub chunks: u64,
+    /// Their plain bytes.
+    pub bytes: u64,
+    /// Chunks of traces whose images were started, as far as their reads could be seen.
+    pub expected: u64,
+    /// Those of them that were read.
+    pub used: u64,
 }
 
 /// What is put on the store.
@@ -159,6 +187,9 @@ pub struct LayerExplained {
     pub image: Option<LayerReport>,
     /// What the store said when it was asked for this layer.
     pub remote: Option<String>,
+    /// What is known of starts of the image of which this is the uppermost layer.
+    #[serde(default)]
+    pub trace: Option<String>,
     /// Why it is not published, if it is not and was to be.
     pub publish: Option<String>,
     /// What came of the names of the images of which this is the uppermost layer, where the daemon writes them.

@@ -25,6 +25,7 @@ use super::publish::Publisher;
 use super::reconcile::{Reconciler, Room};
 use super::remote::{self, HitAnswer};
 use super::stock::{Stock, blocking};
+use super::traces::Traces;
 use super::{
     Info, Key, Kind, LabelUpdate, Labels, Prepared, SnapshotError, Timestamp, Usage, check_labels, mapping,
 };
@@ -92,6 +93,8 @@ pub struct Remote {
     pub content: Option<Arc<ContentStore>>,
     /// What publishes in the background, if that is wanted.
     pub publisher: Option<Arc<Publisher>>,
+    /// What is known of starts, if that is wanted.
+    pub traces: Option<Arc<Traces>>,
 }
 
 /// See the module's page.
@@ -166,12 +169,19 @@ impl Snapshotter {
                 publisher.run(stop.clone()).await;
             }
         };
+        let traces = async {
+            if let Some(traces) = &self.remote.traces {
+                stop.cancelled().await;
+                traces.end().await;
+            }
+        };
         tokio::join!(
             self.stock.fill(stop.clone()),
             self.reconciler.run(stop.clone()),
             self.measure_committed(stop.clone()),
             layers,
-            publish
+            publish,
+            traces
         );
     }
 
@@ -238,6 +248,7 @@ impl Snapshotter {
             Some(record) => self.own_of(record.id).await?,
             None => Own::Used,
         };
+        let found = active.as_ref().is_some_and(|active| self.is_fetched(active)).then(|| name.clone());
         let below = parent.clone().or_else(|| active.and_then(|record| record.info.parent.clone()));
         let publish = self.to_publish(&name, &key, below.as_ref(), &labels);
         let queued = publish.is_some();
@@ -248,7 +259,16 @@ impl Snapshotter {
         if let (Some(publisher), true) = (&self.remote.publisher, queued) {
             publisher.wake();
         }
+        if let (Some(traces), Some(name)) = (&self.remote.traces, found) {
+            below.iter().for_each(|below| traces.is_below_another(below));
+            traces.found(&name);
+        }
         Ok(())
+    }
+
+    fn is_fetched(&self, record: &Record) -> bool {
+        let layer = record.layer.and_then(|serial| self.meta.layer(serial));
+        layer.is_some_and(|layer| layer.origin == Origin::Fetched)
     }
 
     /// Makes a layer the content of the active snapshot that has the given mounts.
@@ -301,8 +321,7 @@ impl Snapshotter {
         labels: &Labels,
     ) -> Option<PublishEntry> {
         self.remote.publisher.as_ref()?;
-        let layer = self.meta.get(key)?.layer.and_then(|serial| self.meta.layer(serial));
-        if layer.is_some_and(|layer| layer.origin == Origin::Fetched) {
+        if self.is_fetched(self.meta.get(key)?.as_ref()) {
             return None;
         }
         remote::client_key(key.as_str()).strip_prefix(remote::EXTRACT)?;
@@ -417,10 +436,16 @@ impl Snapshotter {
     ) -> Result<Vec<Mount>, SnapshotError> {
         let root = mapping::from_labels(&labels)?.map(|mapping| mapping.root);
         let id = self.stock.take().await?;
+        let is_layer = labels.contains_key(remote::LABEL_REF)
+            || remote::client_key(key.as_str()).starts_with(remote::EXTRACT);
+        let start = parent.clone().filter(|_| !is_layer);
         let new = NewSnapshot { id, key, parent, kind, labels, now: Timestamp::now() };
         let record = self.record(new, LayerChoice::Own, root).await?;
         match self.meta.get_with_stack(&record.info.name) {
             Some((record, stack)) => {
+                if let (Some(traces), Some(parent)) = (&self.remote.traces, start) {
+                    traces.starting(&parent, kind);
+                }
                 self.attach_early(&record, &stack).await;
                 self.mounts_of(&record, &stack)
             }

@@ -29,6 +29,8 @@ pub struct Levels {
     pub free_bytes: u64,
     /// Layer images of this node.
     pub layers: LayerLevels,
+    /// What is known of starts of images.
+    pub traces: TraceLevels,
     /// What is put on the store.
     pub publish: PublishLevels,
     /// The store, if there is one.
@@ -60,6 +62,19 @@ pub struct LayerLevels {
     pub filled_bytes: Parts,
     /// Prepares that asked the store for a layer, by what came of it.
     pub lookups: Parts,
+}
+
+/// What is known of starts of images.
+#[derive(Debug, Clone, Default)]
+pub struct TraceLevels {
+    /// Traces, by what was done with them.
+    pub traces: Parts,
+    /// Chunks fetched because of them.
+    pub prefetched: u64,
+    /// Plain bytes of these.
+    pub bytes: u64,
+    /// Chunks of traces whose images were started, by whether they were read.
+    pub chunks: Parts,
 }
 
 /// What is put on the store.
@@ -128,6 +143,7 @@ impl<F: Fn() -> Levels + Send + Sync + 'static> Collector for LevelCollector<F> 
         let mut page = Page(encoder);
         page.snapshots(&levels)?;
         page.layers(&levels.layers)?;
+        page.traces(&levels.traces)?;
         page.publish(&levels.publish)?;
         match &levels.store {
             Some(store) => page.store(store),
@@ -173,6 +189,17 @@ impl Page<'_> {
         self.counters("filled", filled, Some(&Unit::Bytes), "source", &layers.filled_bytes)?;
         let lookups = "Layers that the store was asked for in a Prepare, by what came of it";
         self.counters("remote_lookups", lookups, None, "outcome", &layers.lookups)
+    }
+
+    fn traces(&mut self, traces: &TraceLevels) -> fmt::Result {
+        let help = "Traces of starts of images, by what was done with them";
+        self.counters("traces", help, None, "outcome", &traces.traces)?;
+        let prefetched = "Chunks fetched because a trace has them, before anybody asked";
+        self.counter("trace_prefetched_chunks", prefetched, None, traces.prefetched)?;
+        self.counter("trace_prefetched", "Their plain bytes", Some(&Unit::Bytes), traces.bytes)?;
+        let chunks =
+            "Chunks of traces whose images were started, by whether they were read, as far as that was seen";
+        self.counters("trace_chunks", chunks, None, "read", &traces.chunks)
     }
 
     fn publish(&mut self, publish: &PublishLevels) -> fmt::Result {

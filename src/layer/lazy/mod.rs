@@ -29,7 +29,7 @@ use parking_lot::Mutex;
 use super::LayerError;
 use super::cold::Cold;
 use super::fill::Supply;
-use super::gate::Gate;
+use super::gate::{Gate, Held};
 use super::presence::Presence;
 use super::work::Work;
 use crate::content::index::{IndexDigest, LayerIndex, Limits};
@@ -39,11 +39,13 @@ use crate::sys::fuse::{self, Mount};
 use helper::{Helper, HelperError};
 use journal::Journal;
 use session::{Resume, Session, Source};
+use touches::Touches;
 
 pub mod helper;
 pub mod journal;
 pub mod message;
 pub mod session;
+pub mod touches;
 
 /// What outlives this process, because the keeper holds it too.
 #[derive(Debug)]
@@ -72,17 +74,29 @@ pub struct ColdLayers {
     gate: Arc<Gate>,
     work: Arc<Work>,
     open: Mutex<HashMap<u64, Arc<Cold>>>,
+    touches: Arc<Touches>,
 }
 
 impl ColdLayers {
     /// None is open yet.
     pub fn new(supply: Supply) -> ColdLayers {
-        ColdLayers { supply, gate: Arc::default(), work: Arc::default(), open: Mutex::default() }
+        let (gate, work, open, touches) = (Arc::default(), Arc::default(), Mutex::default(), Arc::default());
+        ColdLayers { supply, gate, work, open, touches }
     }
 
     /// What chunks are had from.
     pub fn supply(&self) -> &Supply {
         &self.supply
+    }
+
+    /// What is read of them.
+    pub fn touches(&self) -> &Arc<Touches> {
+        &self.touches
+    }
+
+    /// Fills of these fetch only what readers will want next, as long as the answer lives.
+    pub fn hold(&self, serials: Vec<u64>) -> Held {
+        self.gate.hold(serials)
     }
 
     /// The layer image of this serial with this index, opened if it is not. Blocking.
@@ -140,7 +154,10 @@ impl Source for ColdLayers {
     }
 
     fn read_now(&self, serial: u64, offset: u64, size: u32) -> Option<Vec<Bytes>> {
-        self.by_files(serial)?.read_now(offset..offset + u64::from(size))
+        let cold = self.by_files(serial)?;
+        let range = offset..offset + u64::from(size);
+        self.touches.touched(serial, || cold.index().data_covering(&range));
+        cold.read_now(range)
     }
 
     async fn read(&self, serial: u64, offset: u64, size: u32) -> Option<Vec<Bytes>> {

@@ -102,10 +102,14 @@ impl Layers {
             self.meta.completed(serial, fetched, shared).await?;
         }
         self.store.remove_map(serial)?;
-        self.make_native(serial).await
+        match self.is_watched(serial) {
+            // By whoever watches it, in the end.
+            true => Ok(()),
+            false => self.make_native(serial).await,
+        }
     }
 
-    async fn open_cold(&self, layer: &LayerRecord) -> Result<Arc<Cold>, FillError> {
+    pub(super) async fn open_cold(&self, layer: &LayerRecord) -> Result<Arc<Cold>, FillError> {
         let cold = self.cold.as_ref().ok_or(FillError::NoStore)?;
         let serial = layer.id.serial;
         if let Some(open) = cold.get(serial) {
@@ -123,7 +127,7 @@ impl Layers {
     }
 
     /// A complete layer image that is attached lazily is read without us from now on.
-    async fn make_native(self: &Arc<Self>, serial: u64) -> Result<(), FillError> {
+    pub(super) async fn make_native(self: &Arc<Self>, serial: u64) -> Result<(), FillError> {
         let lock = self.attach_locks.of(serial);
         let _held = lock.lock().await;
         if self.attached.lock().get(&serial) == Some(&How::Lazy) {

@@ -22,6 +22,9 @@ impl Snapshotter {
         parent: Option<&Key>,
         labels: &Labels,
     ) -> Option<Key> {
+        if let (Some(traces), Some(parent)) = (&self.remote.traces, parent) {
+            traces.is_below_another(parent);
+        }
         or_miss(&request.chain, self.try_find_layer(request, parent, labels).await)
     }
 
@@ -65,6 +68,9 @@ impl Snapshotter {
             },
         };
         let record = hits.adopted(hit, adopted).await?;
+        if let Some(traces) = &self.remote.traces {
+            traces.found(&record.info.name);
+        }
         Ok(Some(record.info.name.clone()))
     }
 

@@ -8,7 +8,9 @@ use crate::oci::ChainId;
 use crate::snapshot::hit::Hits;
 use crate::snapshot::layers::FillCounts;
 use crate::snapshot::metastore::{Own, Record};
-use crate::snapshot::report::{LayerExplained, LayerNumbers, LayerReport, PublishState, SnapshotNumbers};
+use crate::snapshot::report::{
+    LayerExplained, LayerNumbers, LayerReport, PublishState, SnapshotNumbers, TraceState,
+};
 use crate::snapshot::{Key, SnapshotError};
 use crate::snapshot::{publish, remote};
 
@@ -58,6 +60,14 @@ impl Snapshotter {
         let claims = self.meta.claims();
         let report = |serial: u64| claims.get(&serial).copied().unwrap_or(0);
         self.meta.layers().iter().map(|layer| layers.report(layer, report(layer.id.serial))).collect()
+    }
+
+    /// What is known of starts of images.
+    pub fn trace_state(&self, policy: &str) -> TraceState {
+        match &self.remote.traces {
+            Some(traces) => traces.state(policy),
+            None => TraceState { policy: policy.to_owned(), ..TraceState::default() },
+        }
     }
 
     /// What is put on the store.
@@ -131,6 +141,7 @@ impl Snapshotter {
                 kind: kind.to_owned(),
                 image,
                 remote: chain.as_ref().and_then(|chain| self.hits.as_ref()?.answer(chain)),
+                trace: chain.as_ref().and_then(|chain| self.remote.traces.as_ref()?.explain(chain)),
                 publish,
                 names: match (&chain, &self.remote.publisher) {
                     (Some(chain), Some(publisher)) => publisher.explain_names(chain),

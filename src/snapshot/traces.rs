@@ -1,0 +1,466 @@
+//! Learned traces: what starts of an image read is recorded by the nodes that start it first, and fetched first by all others.
+//!
+//! **Where.** Told by `snapshotter` when the layers of an image are found and when a snapshot is made on them; calls
+//! [`crate::content`] for the traces of others, [`crate::layer`] to see reads and to have chunks fetched, and `layers`.
+//!
+//! **Words.** An image is known by the *chain* of its uppermost layer. A *start* is a snapshot that somebody makes on it and is not
+//! going to commit as one of its layers.
+//!
+//! **Invariants.**
+//! * Nobody waits for anything here: without traces everything is as it is with them, but later.
+//! * A trace is used only to choose the order in which chunks of the image's own layers are fetched; what it says of others, or of
+//!   chunks that there are not, is passed over.
+//! * A layer is kept from being native only while a start is being recorded: [`MOST_RECORDED`] at most.
+//!
+//! **When it fails.** A trace that was not written is written by the next node that starts the image. What was being recorded when the
+//! daemon ends is lost.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures::{FutureExt, StreamExt, stream};
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::time::Instant;
+
+use super::layers::Layers;
+use super::locks::KeyedLocks;
+use super::metastore::{LayerRecord, MetaStore, Record};
+use super::remote;
+use super::report::TraceState;
+use super::{Key, Kind};
+use crate::content::index::IndexDigest;
+use crate::content::trace::{self, MOST_STEPS, Step, Trace};
+use crate::content::{ContentError, ContentStore};
+use crate::layer::cold::Cold;
+use crate::layer::lazy::ColdLayers;
+use crate::layer::lazy::touches::Watch;
+use crate::layer::work::Work;
+use crate::object::ObjectError;
+use crate::oci::ChainId;
+
+/// So many traces of an image are enough: starts of one image differ little.
+const ENOUGH: usize = 3;
+/// How long the store is asked for traces, and how long its answer is good for.
+const ASKED: Duration = Duration::from_secs(5);
+const FRESH: Duration = Duration::from_secs(60);
+/// How long after a layer was found the next one above it is asked for, if it is not the image's uppermost.
+const SETTLED: Duration = Duration::from_millis(100);
+/// How many chunks are fetched at once: a link of 1 Gbit/s and 300 ms has 37 MB on its way.
+const AT_ONCE: usize = 32;
+/// A fill of what was prefetched stands back until nobody has read for so long, and no longer than that.
+const QUIET: Duration = Duration::from_secs(2);
+const MOST_HELD: Duration = Duration::from_secs(30);
+/// A start is over when nothing new was read for so long, and at the latest after that.
+const OVER: Duration = Duration::from_secs(10);
+const MOST_RECORDED: Duration = Duration::from_secs(60);
+/// How often it is looked whether it is.
+const LOOK: Duration = Duration::from_millis(200);
+/// How many images are remembered.
+const MOST_IMAGES: usize = 256;
+
+/// See the module's page.
+#[derive(Debug)]
+pub struct Traces {
+    meta: Arc<MetaStore>,
+    layers: Arc<Layers>,
+    cold: Arc<ColdLayers>,
+    content: Arc<ContentStore>,
+    images: Mutex<HashMap<ChainId, Image>>,
+    asking: KeyedLocks<ChainId>,
+    /// Whether the store does not let this node write.
+    denied: AtomicBool,
+    counts: Counts,
+    work: Work,
+}
+
+/// What is going on with an image.
+#[derive(Debug, Clone)]
+struct Image {
+    used: Instant,
+    /// When a layer on top of it was asked for.
+    below_another: Option<Instant>,
+    known: Option<Arc<Known>>,
+    prefetching: bool,
+    starting: bool,
+    /// Whether a container, not only a view, was made on it since the start began.
+    is_run: bool,
+    /// For people.
+    said: String,
+}
+
+/// What the store knows of an image.
+#[derive(Debug)]
+struct Known {
+    at: Instant,
+    trace: Trace,
+    /// How many traces tell of each layer.
+    by_layer: HashMap<IndexDigest, usize>,
+    starts: usize,
+    own: Option<Trace>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    read: AtomicU64,
+    passed_over: AtomicU64,
+    written: AtomicU64,
+    failed: AtomicU64,
+    recording: AtomicUsize,
+    chunks: AtomicU64,
+    bytes: AtomicU64,
+    expected: AtomicU64,
+    used: AtomicU64,
+}
+
+impl Traces {
+    /// Nothing happens yet. `None` where layers are not read lazily: nothing can be seen of starts there, and nothing gained.
+    pub fn new(meta: Arc<MetaStore>, layers: Arc<Layers>, content: Arc<ContentStore>) -> Option<Traces> {
+        let cold = Arc::clone(layers.lazily()?);
+        let (images, asking, denied) = (Mutex::default(), KeyedLocks::default(), AtomicBool::new(false));
+        let (counts, work) = (Counts::default(), Work::default());
+        Some(Traces { meta, layers, cold, content, images, asking, denied, counts, work })
+    }
+
+    /// Ends what is under way.
+    pub async fn end(&self) {
+        self.work.end().await;
+    }
+
+    /// A layer on top of this one is asked for: this one is not the uppermost of the image that is being pulled.
+    pub(super) fn is_below_another(&self, below: &Key) {
+        if let Some(chain) = self.meta.get(below).and_then(|record| chain_of(&record)) {
+            self.note(&chain, |image| image.below_another = Some(Instant::now()));
+        }
+    }
+
+    /// A layer was found in the store, and this committed snapshot has it. If it turns out to be the uppermost of an image whose starts
+    /// are known, they are prepared for.
+    pub(super) fn found(self: &Arc<Self>, name: &Key) {
+        let began = Instant::now();
+        let Some((chain, layers)) = self.image_of(name) else { return };
+        let this = Arc::clone(self);
+        self.spawn(async move {
+            let Some(known) = this.ask(&chain).await else { return };
+            tokio::time::sleep_until(began + SETTLED).await;
+            let is_below = this.note(&chain, |image| image.below_another.is_some_and(|at| at > began));
+            if !is_below {
+                this.prefetch(&chain, &layers, &known).await;
+            }
+        });
+    }
+
+    /// Somebody makes a snapshot on this committed one, to look into it or to run it.
+    pub(super) fn starting(self: &Arc<Self>, parent: &Key, kind: Kind) {
+        let Some((chain, layers)) = self.image_of(parent) else { return };
+        let is_first = self.note(&chain, |image| {
+            image.is_run |= kind == Kind::Active;
+            !std::mem::replace(&mut image.starting, true)
+        });
+        if !is_first {
+            return;
+        }
+        let serials: Vec<u64> = layers.iter().map(|layer| layer.id.serial).collect();
+        let watch = self.cold.touches().watch(serials.clone(), MOST_STEPS);
+        // Before it is known whether that is needed: the reads come soon.
+        self.layers.watch(&serials);
+        let this = Arc::clone(self);
+        self.spawn(async move {
+            let known = this.ask(&chain).await;
+            let is_wanted = known.as_ref().is_some_and(|known| this.is_wanted(known, &layers));
+            if !is_wanted {
+                this.layers.unwatch(&serials).await;
+            }
+            if let Some(known) = &known {
+                let (later, chain, layers, known) =
+                    (Arc::clone(&this), chain.clone(), layers.clone(), Arc::clone(known));
+                this.spawn(async move { later.prefetch(&chain, &layers, &known).await });
+            }
+            this.see_out(&watch, is_wanted).await;
+            if is_wanted {
+                this.layers.unwatch(&serials).await;
+            }
+            let is_run = this.note(&chain, |image| {
+                image.starting = false;
+                std::mem::take(&mut image.is_run)
+            });
+            let own = known.and_then(|known| {
+                this.count_used(&watch, &layers, &known);
+                known.own.clone()
+            });
+            if is_wanted && is_run {
+                this.write(&chain, recorded(&layers, &watch.order()), own).await;
+            }
+        });
+    }
+
+    /// What people are told.
+    pub fn state(&self, policy: &str) -> TraceState {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counts = &self.counts;
+        TraceState {
+            policy: policy.to_owned(),
+            read: read(&counts.read),
+            passed_over: read(&counts.passed_over),
+            written: read(&counts.written),
+            failed: read(&counts.failed),
+            recording: counts.recording.load(Ordering::Relaxed),
+            chunks: read(&counts.chunks),
+            bytes: read(&counts.bytes),
+            expected: read(&counts.expected),
+            used: read(&counts.used),
+        }
+    }
+
+    /// What people are told of an image.
+    pub(super) fn explain(&self, chain: &ChainId) -> Option<String> {
+        let said = self.images.lock().get(chain)?.said.clone();
+        Some(said).filter(|said| !said.is_empty())
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.work.spawn(&Handle::current(), task);
+    }
+
+    /// The chain of a committed snapshot, and the layers of it whose reads can be seen, if there are any.
+    fn image_of(&self, name: &Key) -> Option<(ChainId, Vec<Arc<LayerRecord>>)> {
+        let chain = chain_of(self.meta.get(name)?.as_ref())?;
+        let layers = self.layers.seen_of(&self.meta.stack_with(name)?.layers);
+        if layers.is_empty() { None } else { Some((chain, layers)) }
+    }
+
+    fn note<T>(&self, chain: &ChainId, change: impl FnOnce(&mut Image) -> T) -> T {
+        let (mut images, now) = (self.images.lock(), Instant::now());
+        if images.len() >= MOST_IMAGES && !images.contains_key(chain) {
+            let idle = images.iter().filter(|(_, image)| !image.starting && !image.prefetching);
+            if let Some(oldest) = idle.min_by_key(|(_, image)| image.used).map(|(chain, _)| chain.clone()) {
+                images.remove(&oldest);
+            }
+        }
+        let image = images.entry(chain.clone()).or_insert_with(|| Image {
+            used: now,
+            below_another: None,
+            known: None,
+            prefetching: false,
+            starting: false,
+            is_run: false,
+            said: String::new(),
+        });
+        image.used = now;
+        change(image)
+    }
+
+    /// What the store knows of the image; `None` if that cannot be said.
+    async fn ask(&self, chain: &ChainId) -> Option<Arc<Known>> {
+        let lock = self.asking.of(chain.clone());
+        let _turn = lock.lock().await;
+        let known = self.note(chain, |image| image.known.clone());
+        if let Some(known) = known.filter(|known| known.at.elapsed() < FRESH) {
+            return Some(known);
+        }
+        let asked = tokio::time::timeout(ASKED, self.content.traces(chain)).await;
+        let traces = match asked.unwrap_or(Err(ContentError::TooLate)) {
+            Ok(traces) => traces,
+            Err(error) => {
+                tracing::debug!(%chain, %error, "the traces of an image cannot be read");
+                return None;
+            }
+        };
+        let mut by_layer = HashMap::new();
+        for digest in traces.traces.iter().flat_map(Trace::layers) {
+            *by_layer.entry(*digest).or_default() += 1;
+        }
+        let known = Arc::new(Known {
+            at: Instant::now(),
+            trace: trace::merge(&traces.traces),
+            by_layer,
+            starts: traces.traces.len(),
+            own: traces.own,
+        });
+        self.counts.read.fetch_add(number(traces.traces.len()), Ordering::Relaxed);
+        self.counts.passed_over.fetch_add(number(traces.passed_over), Ordering::Relaxed);
+        self.note(chain, |image| image.known = Some(Arc::clone(&known)));
+        Some(known)
+    }
+
+    /// Whether a start on these layers is to be recorded.
+    fn is_wanted(&self, known: &Known, layers: &[Arc<LayerRecord>]) -> bool {
+        let told = |layer: &Arc<LayerRecord>| {
+            digest_of(layer).is_none_or(|digest| {
+                known.by_layer.get(&digest).is_some_and(|starts| *starts >= ENOUGH)
+                    || known.own.as_ref().is_some_and(|own| own.layers().contains(&digest))
+            })
+        };
+        !layers.iter().all(told) && !self.denied.load(Ordering::Relaxed)
+    }
+
+    /// Until the start is over, as far as one can tell.
+    async fn see_out(&self, watch: &Watch, is_recorded: bool) {
+        let began = Instant::now();
+        let recording = usize::from(is_recorded);
+        self.counts.recording.fetch_add(recording, Ordering::Relaxed);
+        while watch.without_news() < OVER && began.elapsed() < MOST_RECORDED {
+            tokio::time::sleep(LOOK).await;
+        }
+        self.counts.recording.fetch_sub(recording, Ordering::Relaxed);
+    }
+
+    /// Has the chunks of the trace fetched, over all layers at once, in its order; the rest is filled when the start is over.
+    async fn prefetch(&self, chain: &ChainId, layers: &[Arc<LayerRecord>], known: &Known) {
+        if known.trace.steps().is_empty()
+            || self.note(chain, |image| std::mem::replace(&mut image.prefetching, true))
+        {
+            return;
+        }
+        let mut colds: HashMap<IndexDigest, Arc<Cold>> = HashMap::new();
+        for layer in layers {
+            if let (Some(digest), Some(cold)) = (digest_of(layer), self.layers.unfilled(layer).await) {
+                colds.insert(digest, cold);
+            }
+        }
+        let serials: Vec<u64> = colds.values().map(|cold| cold.serial()).collect();
+        let (watch, held) = (self.cold.touches().watch(serials.clone(), 0), self.cold.hold(serials));
+        let wanted = wanted(known, &colds);
+        let (count, began) = (wanted.len(), Instant::now());
+        self.say(chain, format!("{count} chunks, from {} starts, are being fetched first", known.starts));
+        let bytes = self.fetch(wanted).await;
+        self.say(
+            chain,
+            format!(
+                "{count} chunks, from {} starts; {bytes} bytes of them were fetched first, in {:.1} s",
+                known.starts,
+                began.elapsed().as_secs_f32()
+            ),
+        );
+        let began = Instant::now();
+        while watch.quiet() < QUIET && began.elapsed() < MOST_HELD {
+            tokio::time::sleep(LOOK).await;
+        }
+        drop(held);
+        self.note(chain, |image| image.prefetching = false);
+    }
+
+    /// How many bytes were fetched.
+    async fn fetch(&self, wanted: Vec<(Arc<Cold>, usize)>) -> u64 {
+        let fetched = stream::iter(wanted)
+            // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
+            .map(|(cold, at)| async move { cold.prefetch(at).await }.boxed())
+            .buffer_unordered(AT_ONCE);
+        let mut all = 0;
+        let mut fetched = std::pin::pin!(fetched);
+        while let Some(answer) = fetched.next().await {
+            match answer {
+                Ok(0) => {}
+                Ok(bytes) => {
+                    all += u64::from(bytes);
+                    self.counts.chunks.fetch_add(1, Ordering::Relaxed);
+                    self.counts.bytes.fetch_add(bytes.into(), Ordering::Relaxed);
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "a chunk of a trace cannot be had");
+                    if error.is_outage() {
+                        break;
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    fn say(&self, chain: &ChainId, said: String) {
+        tracing::debug!(%chain, said, "trace");
+        self.note(chain, |image| image.said = said);
+    }
+
+    /// How many chunks of the trace were read, of those whose reads could be seen.
+    fn count_used(&self, watch: &Watch, layers: &[Arc<LayerRecord>], known: &Known) {
+        let digests: HashMap<u64, IndexDigest> =
+            layers.iter().filter_map(|layer| Some((layer.id.serial, digest_of(layer)?))).collect();
+        let read: HashSet<(IndexDigest, usize)> = watch
+            .order()
+            .into_iter()
+            .filter_map(|(serial, chunk)| Some((*digests.get(&serial)?, chunk)))
+            .collect();
+        let (mut expected, mut used) = (0, 0);
+        for step in known.trace.steps() {
+            let digest = known.trace.layers()[usize::from(step.layer)];
+            if digests.values().any(|seen| *seen == digest) {
+                expected += 1;
+                let is_read = usize::try_from(step.chunk).is_ok_and(|chunk| read.contains(&(digest, chunk)));
+                used += u64::from(is_read);
+            }
+        }
+        self.counts.expected.fetch_add(expected, Ordering::Relaxed);
+        self.counts.used.fetch_add(used, Ordering::Relaxed);
+    }
+
+    async fn write(&self, chain: &ChainId, seen: Option<Trace>, own: Option<Trace>) {
+        let Some(seen) = seen else { return };
+        // What this node saw of other layers, when these were here already.
+        let trace = trace::merge(&[seen].into_iter().chain(own).collect::<Vec<_>>());
+        let chunks = trace.steps().len();
+        match self.content.publish_trace(chain, &trace).await {
+            Ok(()) => {
+                self.counts.written.fetch_add(1, Ordering::Relaxed);
+                tracing::info!(%chain, chunks, "what a start read was recorded for other nodes");
+                self.note(chain, |image| {
+                    image.known = None;
+                    image.said = format!("a start that read {chunks} chunks was recorded here");
+                });
+            }
+            Err(ContentError::Object(error @ ObjectError::Denied(_))) => {
+                self.counts.failed.fetch_add(1, Ordering::Relaxed);
+                if !self.denied.swap(true, Ordering::Relaxed) {
+                    tracing::info!(%error, "this node records no starts of images: it may not write traces to the store");
+                }
+            }
+            Err(error) => {
+                self.counts.failed.fetch_add(1, Ordering::Relaxed);
+                tracing::debug!(%chain, %error, "what a start read could not be recorded");
+            }
+        }
+    }
+}
+
+/// The chunks of the trace that there are.
+fn wanted(known: &Known, colds: &HashMap<IndexDigest, Arc<Cold>>) -> Vec<(Arc<Cold>, usize)> {
+    let layers: Vec<Option<&Arc<Cold>>> =
+        known.trace.layers().iter().map(|digest| colds.get(digest)).collect();
+    let wanted = known.trace.steps().iter().filter_map(|step| {
+        let (cold, at) = (layers[usize::from(step.layer)]?, usize::try_from(step.chunk).ok()?);
+        (at < cold.index().chunks().len()).then(|| (Arc::clone(cold), at))
+    });
+    wanted.collect()
+}
+
+/// What was seen as a trace; `None` if that is nothing.
+fn recorded(layers: &[Arc<LayerRecord>], order: &[(u64, usize)]) -> Option<Trace> {
+    let mut digests = Vec::new();
+    let mut numbers = HashMap::new();
+    for layer in layers {
+        let digest = digest_of(layer)?;
+        if !digests.contains(&digest) {
+            numbers.insert(layer.id.serial, u16::try_from(digests.len()).ok()?);
+            digests.push(digest);
+        }
+    }
+    let step = |(serial, chunk): &(u64, usize)| {
+        Some(Step { layer: *numbers.get(serial)?, chunk: u32::try_from(*chunk).ok()? })
+    };
+    let steps: Vec<Step> = order.iter().filter_map(step).collect();
+    if steps.is_empty() { None } else { Trace::new(digests, steps).ok() }
+}
+
+fn digest_of(layer: &LayerRecord) -> Option<IndexDigest> {
+    layer.index.map(IndexDigest::from_bytes)
+}
+
+fn chain_of(record: &Record) -> Option<ChainId> {
+    remote::chain_of(&record.info.labels, &record.info.name)
+}
+
+fn number(n: usize) -> u64 {
+    u64::try_from(n).unwrap_or(u64::MAX)
+}
