@@ -347,6 +347,9 @@ impl Cold {
 
     /// Has a chunk ready for readers that will want it; how many bytes of it were not here. Whoever reads goes first.
     pub async fn prefetch(self: &Arc<Self>, at: usize) -> Result<u32, LayerError> {
+        if self.memory.lock().contains_key(&at) {
+            return Ok(0);
+        }
         let (bytes, _) = self.chunk(at, Urgency::Ahead).await?;
         Ok(if bytes.is_some() { self.index.chunk(at).1.length } else { 0 })
     }

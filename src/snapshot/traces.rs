@@ -316,13 +316,17 @@ impl Traces {
         }
         let mut colds: HashMap<IndexDigest, Arc<Cold>> = HashMap::new();
         for layer in layers {
-            if let (Some(digest), Some(cold)) = (digest_of(layer), self.layers.unfilled(layer).await) {
+            if let (Some(digest), Some(cold)) = (digest_of(layer), self.layers.unfilled(layer.id.serial)) {
                 colds.insert(digest, cold);
             }
         }
         let serials: Vec<u64> = colds.values().map(|cold| cold.serial()).collect();
         let (watch, held) = (self.cold.touches().watch(serials.clone(), 0), self.cold.hold(serials));
         let wanted = wanted(known, &colds);
+        if wanted.is_empty() {
+            self.note(chain, |image| image.prefetching = false);
+            return;
+        }
         let (count, began) = (wanted.len(), Instant::now());
         self.say(chain, format!("{count} chunks, from {} starts, are being fetched first", known.starts));
         let bytes = self.fetch(wanted).await;

@@ -4,8 +4,8 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -39,6 +39,8 @@ pub(crate) struct Slow {
     /// So many gets answer other bytes from now on.
     pub(crate) lies: AtomicUsize,
     pub(crate) gets: AtomicUsize,
+    /// What was asked for, in order.
+    pub(crate) asked: Mutex<Vec<ChunkId>>,
     under_way: AtomicUsize,
     pub(crate) most_under_way: AtomicUsize,
 }
@@ -56,6 +58,7 @@ impl ChunkStore for Below {
     async fn get(&self, chunk: ChunkRef) -> Result<Bytes, ChunkError> {
         let slow = &self.0;
         slow.gets.fetch_add(1, Ordering::SeqCst);
+        slow.asked.lock().unwrap().push(chunk.id);
         let now = slow.under_way.fetch_add(1, Ordering::SeqCst) + 1;
         slow.most_under_way.fetch_max(now, Ordering::SeqCst);
         tokio::time::sleep(Duration::from_millis(slow.delay.load(Ordering::SeqCst))).await;

@@ -5,4 +5,5 @@ mod index;
 mod names;
 mod publish;
 mod support;
+mod traces;
 mod trust;

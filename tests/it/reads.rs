@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures::future::join_all;
 use proptest::prelude::*;
 use speedy::layer::cold::Cold as Layer;
+use speedy::layer::lazy::session::Source as _;
 
 use crate::cold::{Cold, noise};
 use crate::support::runtime;
@@ -198,4 +199,51 @@ fn what_is_not_there_any_more_is_an_error_in_the_end() {
             assert!(error.contains("it was told to fail"), "{error}");
         },
     );
+}
+
+/// What one node saw of a start, another one has fetched before anybody reads, and nothing else of the layer until that is over.
+#[test]
+fn what_was_read_first_elsewhere_is_fetched_first() {
+    runtime().block_on(async {
+        let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let node = some_layer(one.path()).await;
+        node.begin(7).await;
+        let last = node.index.chunks().len() - node.index.metadata_chunks().count();
+        let wanted = [last, 9, 3, 10];
+        let watch = node.layers.touches().watch(vec![7], 100);
+        for at in [0, last, last, 9, 3, 10, 9] {
+            let (start, chunk) = node.index.chunk(at);
+            let length = chunk.length;
+            if node.layers.read_now(7, start, length).is_none() {
+                node.layers.read(7, start, length).await.unwrap();
+            }
+        }
+        let order = watch.order();
+        assert_eq!(order, wanted.map(|at| (7, at)), "the superblock is here before anybody reads");
+        drop(watch);
+
+        let node = some_layer(other.path()).await;
+        let layer = node.begin(5).await;
+        let held = node.layers.hold(vec![5]);
+        let filling = tokio::spawn({
+            let layer = Arc::clone(&layer);
+            async move { layer.fill().await }
+        });
+        node.store.asked.lock().unwrap().clear();
+        for (_, at) in &order {
+            assert!(layer.prefetch(*at).await.unwrap() > 0);
+        }
+        let asked = node.store.asked.lock().unwrap().clone();
+        let ids: Vec<_> = wanted.iter().map(|at| node.index.chunk(*at).1.id).collect();
+        assert_eq!(asked, ids, "a fill that is held takes no place on the link");
+        for at in wanted {
+            let (start, chunk) = node.index.chunk(at);
+            let range = start..start + u64::from(chunk.length);
+            assert!(joined(&layer.read_now(range.clone()).unwrap()) == crate::reads::at(&node.bytes, &range));
+            assert_eq!(layer.prefetch(at).await.unwrap(), 0);
+        }
+        drop(held);
+        filling.await.unwrap().unwrap();
+        assert!(layer.is_complete());
+    });
 }

@@ -109,7 +109,7 @@ impl Layers {
         }
     }
 
-    pub(super) async fn open_cold(&self, layer: &LayerRecord) -> Result<Arc<Cold>, FillError> {
+    async fn open_cold(&self, layer: &LayerRecord) -> Result<Arc<Cold>, FillError> {
         let cold = self.cold.as_ref().ok_or(FillError::NoStore)?;
         let serial = layer.id.serial;
         if let Some(open) = cold.get(serial) {

@@ -57,10 +57,9 @@ impl Layers {
         self.watched.lock().contains_key(&serial)
     }
 
-    /// The layer image with what of it is here, if it is not all here.
-    pub(in crate::snapshot) async fn unfilled(&self, layer: &LayerRecord) -> Option<Arc<Cold>> {
-        let opened = self.open_cold(layer).await;
-        opened.ok().filter(|cold| !cold.is_complete())
+    /// The layer image with what of it is here, if it is being filled.
+    pub(in crate::snapshot) fn unfilled(&self, serial: u64) -> Option<Arc<Cold>> {
+        self.cold.as_ref()?.get(serial).filter(|cold| !cold.is_complete())
     }
 
     /// The layer images that are not wholly here, where some are read before they are.
