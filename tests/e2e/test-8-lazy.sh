@@ -202,3 +202,65 @@ test_lazy_off() {
     expect_equal 0 "$(lazily)" "layers that are read lazily"
     through_link trusting fresh_b --store "$SPEEDY_STORE"
 }
+
+# traces_reach FIELD NUMBER: in what this node's daemon says of traces.
+traces_reach() { (($(status_of ".traces.$1") >= $2)); }
+
+test_lazy_learns_what_starts_read() {
+    # Node b starts an image and reads one file of six. The next node (node b again, with nothing, another key and nobody's trust) has that
+    # file after the pull, before anything runs on it, and little else; when the store is cut off then, the container reads it.
+    local took recorded down
+    lazy_fleet 40 large
+    on b pull large
+    on b ctr_run --rm "$(image large)" first /bin/sha256sum /data/noise-3 >"$W/got"
+    wait_for 60 "the start to be recorded" on b traces_reach written 1 || { on b status_of .traces >&2; fail "the start is not recorded"; }
+    expect_contains "$(on b explain "$(image large)" | jq -r '.[-1].trace')" "recorded here" "explain tells of it"
+
+    through_link trusting fresh_b --store "$SPEEDY_STORE"
+    link_post reset "blobs?layers=refuse" "link?mbit=40"
+    on b pull large
+    wait_for 20 "the chunks of the trace" on b traces_reach bytes $((16 << 20)) || { on b status_of .traces >&2; fail "nothing is prefetched"; }
+    recorded=$(on b status_of .traces.bytes)
+    down=$(link_counters .down)
+    printf 'prefetched %d bytes, %d over the link\n' "$recorded" "$down"
+    ((recorded < 40 << 20)) || fail "the trace of a start that read 16 MiB has $recorded bytes"
+    ((down < recorded * 13 / 10 + 2000000)) || fail "$down bytes came over the link for a trace of $recorded"
+    store_fault refuse
+    took=$(milliseconds on b ctr_run --rm "$(image large)" second /bin/sha256sum /data/noise-3 2>"$W/again")
+    store_fault none
+    expect_equal "$(cat "$W/got")" "$(grep noise-3 "$W/again")" "what the second node read"
+    printf 'the second node read 16 MiB in %d ms, without the store\n' "$took"
+    link_post "link?mbit=0"
+    wait_for 60 "the layer to be native" no_lazy || fail "the layer is not native"
+    wait_for 30 "the use of the trace to be counted" on b traces_reach used 60 || { on b status_of .traces >&2; fail "it is not seen that the trace was used"; }
+    expect_no_layers_from_registry large
+}
+
+test_lazy_traces_off() {
+    lazy_fleet 0 large
+    SPEEDY_FETCH_TRACES=off through_link trusting fresh_b --store "$SPEEDY_STORE"
+    on b expect_listing ctr large
+    sleep 12
+    expect_equal "off: fetch.traces says so 0 0 0" "$(on b status_of '.traces | "\(.policy) \(.read) \(.written) \(.chunks)"')" "traces that are off"
+    through_link trusting fresh_b --store "$SPEEDY_STORE"
+}
+
+test_lazy_damaged_traces_harm_nothing() {
+    local store directory chain
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all large
+    on b lazy_is_possible || skip "this kernel reads no layers lazily"
+    directory=${store#file://}
+    for chain in "$directory"/refs/*/*; do
+        chain=$directory/traces/${chain#"$directory/refs/"}
+        mkdir -p "$chain"
+        head -c 3000 /dev/urandom >"$chain/0123456789abcdef"
+        head -c 3000000 /dev/zero >"$chain/123456789abcdef0"
+        : >"$chain/23456789abcdef01"
+    done
+    on b expect_listing ctr large
+    wait_for 10 "the traces to be read" on b traces_reach passed_over 3 || { on b status_of .traces >&2; fail "the damaged traces were not looked at"; }
+    expect_equal "0 0" "$(on b status_of '.traces | "\(.read) \(.chunks)"')" "traces that were taken for good, and chunks fetched for them"
+}
