@@ -1,7 +1,8 @@
 # contrib/bench image-delay [--rounds N] [--mbit N] [--delay D] [IMAGE...]: what an image's absence adds to the time until its program
 # prints "ready": `nerdctl run` with the image absent, less `nerdctl run` with everything local, the page cache dropped before
 # both. Another node has published the images. Registry and store (a Ceph cluster in memory) are behind one link, by default
-# 1000 Mbit/s and 1 ms each way; `overlayfs`, and `speedy` with fetch.lazy off and on, in turn.
+# 1000 Mbit/s and 1 ms each way; `overlayfs`, and `speedy` in turn with fetch.lazy off (`eager`), on but without traces (`lazy`), and with
+# the trace of one start (`traced`), which is recorded beforehand.
 # shellcheck shell=bash
 
 bench_image_delay() {
@@ -21,9 +22,10 @@ bench_image_delay() {
     daemon_stop speedy
     machine
     say "Link: $MBIT Mbit/s, $DELAY each way."
+    for name in "${names[@]}"; do step "Record a start of $name" record_start "$name" "$endpoint"; done
     for ((round = 1; round <= ROUNDS; round++)); do
         for name in "${names[@]}"; do
-            for how in overlayfs eager lazy; do
+            for how in overlayfs eager lazy traced; do
                 on b restart_as "$how" "$endpoint"
                 link_post "link?mbit=$MBIT&delay=$DELAY"
                 cold
@@ -43,24 +45,35 @@ bench_image_delay() {
         done
     done
     say
-    table "image delay" --only "overlayfs: delay, s,eager: delay, s,lazy: delay, s" --ratio "lazy: 1/=overlayfs: delay, s/lazy: delay, s" 2>/dev/null ||
-        table "image delay"
-    say
-    table "all"
+    table "image delay" --ratio "eager: 1/=overlayfs: delay, s/eager: delay, s" --ratio "lazy: 1/=overlayfs: delay, s/lazy: delay, s" \
+        --ratio "traced: 1/=overlayfs: delay, s/traced: delay, s"
     say
     say "The second node's daemon used $(on b peak_memory) MB at most."
 }
 
 snapshotter_of() { if [[ $1 == overlayfs ]]; then echo overlayfs; else echo speedy; fi; }
 
-# restart_as HOW STORE-ENDPOINT: this node's Speedy, lazy or not.
+# record_start NAME STORE-ENDPOINT: node b starts the image lazily, writes what the start read, and is empty again.
+record_start() {
+    on b restart_as traced "$2"
+    link_post "link?mbit=$MBIT&delay=$DELAY"
+    on b ready speedy "$1" >/dev/null
+    link_post "link?mbit=0&delay=0"
+    wait_for 90 "the start to be recorded" on b is_recorded
+    wait_for 120 "the layers to be durable" on b filled
+    on b empty_node
+}
+is_recorded() { [[ $(status_of .traces.written) == 1 ]]; }
+
+# restart_as HOW STORE-ENDPOINT: this node's Speedy, lazy or not, with traces or without.
 restart_as() {
-    local address lazy=off
-    [[ $1 != lazy ]] || lazy=auto
+    local address lazy=off traces=off
+    [[ $1 != lazy && $1 != traced ]] || lazy=auto
+    [[ $1 != traced ]] || traces=auto
     [[ $1 != overlayfs ]] || return 0
     address=http://$(link_address "$2")
     daemon_stop "$(node_daemon speedy)"
-    AWS_ENDPOINT_URL=$address AWS_ENDPOINT=$address SPEEDY_TRUST_KEYS=$KEY SPEEDY_PUBLISH_POLICY=off SPEEDY_FETCH_LAZY=$lazy \
+    AWS_ENDPOINT_URL=$address AWS_ENDPOINT=$address SPEEDY_TRUST_KEYS=$KEY SPEEDY_PUBLISH_POLICY=off SPEEDY_FETCH_LAZY=$lazy SPEEDY_FETCH_TRACES=$traces \
         start_speedy --store "$SPEEDY_STORE"
     wait_for 15 "containerd to find Speedy again" speedy_is_found
 }
