@@ -135,6 +135,7 @@ fn every_key_has_a_variable() {
         ("SPEEDY_LIMITS_METADATA", "64MiB"),
         ("SPEEDY_FETCH_DEADLINE", "3s"),
         ("SPEEDY_FETCH_LAZY", "off"),
+        ("SPEEDY_FETCH_TRACES", "off"),
         ("SPEEDY_PUBLISH_POLICY", "off"),
         ("SPEEDY_TRUST_MODE", "any"),
         ("SPEEDY_TRUST_KEYS", ""),

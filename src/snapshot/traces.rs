@@ -48,6 +48,8 @@ const ASKED: Duration = Duration::from_secs(5);
 const FRESH: Duration = Duration::from_secs(60);
 /// How long after a layer was found the next one above it is asked for, if it is not the image's uppermost.
 const SETTLED: Duration = Duration::from_millis(100);
+/// How soon it mostly is: the store need not be asked for the traces of a layer that has one above it.
+const NEXT_LAYER: Duration = Duration::from_millis(20);
 /// How many chunks are fetched at once: a link of 1 Gbit/s and 300 ms has 37 MB on its way.
 const AT_ONCE: usize = 32;
 /// A fill of what was prefetched stands back until nobody has read for so long, and no longer than that.
@@ -143,10 +145,14 @@ impl Traces {
         let Some((chain, layers)) = self.image_of(name) else { return };
         let this = Arc::clone(self);
         self.spawn(async move {
+            let is_uppermost = || this.note(&chain, |image| image.below_another.is_none_or(|at| at <= began));
+            tokio::time::sleep(NEXT_LAYER).await;
+            if !is_uppermost() {
+                return;
+            }
             let Some(known) = this.ask(&chain).await else { return };
             tokio::time::sleep_until(began + SETTLED).await;
-            let is_below = this.note(&chain, |image| image.below_another.is_some_and(|at| at > began));
-            if !is_below {
+            if is_uppermost() {
                 this.prefetch(&chain, &layers, &known).await;
             }
         });
@@ -414,16 +420,17 @@ impl Traces {
                     image.said = format!("a start that read {chunks} chunks was recorded here");
                 });
             }
-            Err(ContentError::Object(error @ ObjectError::Denied(_))) => {
-                self.counts.failed.fetch_add(1, Ordering::Relaxed);
-                if !self.denied.swap(true, Ordering::Relaxed) {
-                    tracing::info!(%error, "this node records no starts of images: it may not write traces to the store");
-                }
-            }
-            Err(error) => {
-                self.counts.failed.fetch_add(1, Ordering::Relaxed);
-                tracing::debug!(%chain, %error, "what a start read could not be recorded");
-            }
+            Err(error) => self.not_written(chain, &error),
+        }
+    }
+
+    fn not_written(&self, chain: &ChainId, error: &ContentError) {
+        self.counts.failed.fetch_add(1, Ordering::Relaxed);
+        let denied = matches!(error, ContentError::Object(ObjectError::Denied(_)));
+        if denied && !self.denied.swap(true, Ordering::Relaxed) {
+            tracing::info!(%error, "this node records no starts of images: it may not write traces to the store");
+        } else {
+            tracing::debug!(%chain, %error, "what a start read could not be recorded");
         }
     }
 }
@@ -467,4 +474,173 @@ fn chain_of(record: &Record) -> Option<ChainId> {
 
 fn number(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chunk::memory::Memory;
+    use crate::content::trust::{PublisherKey, Trust};
+    use crate::content::{Options, Parts};
+    use crate::driver::Id;
+    use crate::image::{Facts, Layout};
+    use crate::layer::LayerStore;
+    use crate::layer::attach::Attacher;
+    use crate::layer::fill::Supply;
+    use crate::object::Objects;
+    use crate::oci::{DiffId, Digest};
+    use crate::snapshot::Timestamp;
+    use crate::snapshot::metastore::{Origin, Progress};
+
+    fn digest(byte: u8) -> Digest {
+        Digest::parse(&format!("sha256:{}", format!("{byte:02x}").repeat(32))).unwrap()
+    }
+
+    fn chain(byte: u8) -> ChainId {
+        ChainId(digest(byte))
+    }
+
+    fn index(byte: u8) -> IndexDigest {
+        IndexDigest::from_bytes([byte; 32])
+    }
+
+    fn layer(serial: u64, index: u8) -> Arc<LayerRecord> {
+        let layout = Layout { data: 0..0, metadata: 0..0, size: 0 };
+        let (diff_id, attributes) = (DiffId(digest(index)), None);
+        let (tar_size, root_uid, root_gid, inodes, bytes) = (0, 0, 0, 0, 0);
+        let facts = Facts { diff_id, attributes, tar_size, layout, root_uid, root_gid, inodes, bytes };
+        Arc::new(LayerRecord {
+            id: Id { serial, slot: 0 },
+            facts,
+            origin: Origin::Fetched,
+            progress: Progress::Filling,
+            blob: None,
+            index: Some([index; 32]),
+            published: None,
+            used: Timestamp(0),
+            fetched: 0,
+            shared: 0,
+        })
+    }
+
+    fn trace(layers: &[u8], steps: &[(u16, u32)]) -> Trace {
+        let steps = steps.iter().map(|(layer, chunk)| Step { layer: *layer, chunk: *chunk }).collect();
+        Trace::new(layers.iter().map(|byte| index(*byte)).collect(), steps).unwrap()
+    }
+
+    fn store(objects: &Objects, seed: u8) -> Arc<ContentStore> {
+        let (chunks, key) = (Arc::new(Memory::default()), PublisherKey::from_seed([seed; 32]));
+        let parts = Parts { objects: objects.clone(), chunks, key, trust: Trust::Keys(Vec::new()) };
+        Arc::new(ContentStore::new(parts, Options::default()))
+    }
+
+    fn traces(root: &std::path::Path, objects: &Objects) -> Traces {
+        let meta = Arc::new(MetaStore::open(root, "overlayfs").unwrap());
+        let files = Arc::new(LayerStore::open(root, Attacher::untried(root)).unwrap());
+        let content = store(objects, 1);
+        let supply = Supply {
+            layers: Arc::clone(&files),
+            local: Arc::default(),
+            content: Arc::clone(&content),
+            counts: Arc::default(),
+        };
+        let cold = Arc::new(ColdLayers::new(supply));
+        let layers = Arc::new(Layers::new(Arc::clone(&meta), files, Some(Arc::clone(&cold)), None));
+        assert!(Traces::new(Arc::clone(&meta), Arc::clone(&layers), Arc::clone(&content)).is_none());
+        let (images, asking, denied) = (Mutex::default(), KeyedLocks::default(), AtomicBool::new(false));
+        let (counts, work) = (Counts::default(), Work::default());
+        Traces { meta, layers, cold, content, images, asking, denied, counts, work }
+    }
+
+    #[test]
+    fn what_was_seen_names_layers_by_their_indexes() {
+        let layers = [layer(70, 7), layer(80, 8)];
+        let seen = recorded(&layers, &[(80, 3), (99, 1), (70, 5)]).unwrap();
+        assert_eq!(seen, trace(&[7, 8], &[(1, 3), (0, 5)]));
+        assert_eq!(recorded(&layers, &[]), None);
+        assert_eq!(recorded(&layers, &[(99, 1)]), None);
+    }
+
+    #[tokio::test]
+    async fn a_start_is_recorded_until_enough_are_known() {
+        let (dir, objects) = (tempfile::tempdir().unwrap(), Objects::memory());
+        let traces = traces(dir.path(), &objects);
+        let layers = [layer(70, 7), layer(80, 8)];
+        for seed in 2..5 {
+            let known = traces.ask(&chain(seed)).await.unwrap();
+            assert!(traces.is_wanted(&known, &layers));
+            // The others have one of the layers from another image.
+            store(&objects, seed).publish_trace(&chain(1), &trace(&[7], &[(0, seed.into())])).await.unwrap();
+        }
+        let known = traces.ask(&chain(1)).await.unwrap();
+        assert_eq!((known.starts, known.trace.steps().len()), (3, 3));
+        assert!(traces.is_wanted(&known, &layers) && !traces.is_wanted(&known, &layers[..1]));
+
+        traces.write(&chain(1), recorded(&layers[1..], &[(80, 3)]), None).await;
+        let known = traces.ask(&chain(1)).await.unwrap();
+        assert_eq!(known.starts, 4, "its own is among them at once");
+        assert!(!traces.is_wanted(&known, &layers), "it has seen the other layer itself");
+        traces.write(&chain(1), recorded(&layers[..1], &[(70, 9)]), known.own.clone()).await;
+        let own = traces.ask(&chain(1)).await.unwrap().own.clone();
+        assert_eq!(own, Some(trace(&[7, 8], &[(0, 9), (1, 3)])), "and does not forget it");
+        traces.write(&chain(1), None, own).await;
+        let state = traces.state("auto");
+        assert_eq!((state.read, state.written, state.failed), (3 + 4 + 4, 2, 0));
+        assert_eq!(traces.explain(&chain(1)).unwrap(), "a start that read 2 chunks was recorded here");
+        assert_eq!(traces.explain(&chain(9)), None);
+    }
+
+    #[tokio::test]
+    async fn the_store_is_asked_once_a_minute() {
+        let (dir, objects) = (tempfile::tempdir().unwrap(), Objects::memory());
+        let traces = traces(dir.path(), &objects);
+        assert_eq!(traces.ask(&chain(1)).await.unwrap().starts, 0);
+        store(&objects, 2).publish_trace(&chain(1), &trace(&[7], &[(0, 1)])).await.unwrap();
+        assert_eq!(traces.ask(&chain(1)).await.unwrap().starts, 0);
+        tokio::time::pause();
+        tokio::time::advance(FRESH).await;
+        tokio::time::resume();
+        assert_eq!(traces.ask(&chain(1)).await.unwrap().starts, 1);
+    }
+
+    #[tokio::test]
+    async fn a_node_that_may_not_write_records_nothing_any_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let traces = traces(dir.path(), &Objects::memory());
+        let layers = [layer(70, 7)];
+        let known = traces.ask(&chain(1)).await.unwrap();
+        assert!(traces.is_wanted(&known, &layers));
+        traces.not_written(&chain(1), &ContentError::TooLate);
+        assert!(traces.is_wanted(&known, &layers));
+        traces.not_written(&chain(1), &ContentError::Object(ObjectError::Denied("403".into())));
+        assert!(!traces.is_wanted(&known, &layers));
+        let state = traces.state("auto");
+        assert_eq!((state.written, state.failed), (0, 2));
+    }
+
+    #[tokio::test]
+    async fn few_images_are_remembered_and_those_that_are_starting_always() {
+        let (dir, objects) = (tempfile::tempdir().unwrap(), Objects::memory());
+        let traces = traces(dir.path(), &objects);
+        traces.note(&chain(0), |image| image.starting = true);
+        for n in 0..MOST_IMAGES + 10 {
+            let chain = ChainId(Digest::parse(&format!("sha256:{n:064x}")).unwrap());
+            traces.note(&chain, |_| ());
+        }
+        assert_eq!(traces.images.lock().len(), MOST_IMAGES);
+        assert!(traces.images.lock().contains_key(&chain(0)));
+    }
+
+    /// A trace of chunks that there are not, and of layers that are not this image's.
+    #[tokio::test]
+    async fn what_there_is_not_is_not_fetched() {
+        let (dir, objects) = (tempfile::tempdir().unwrap(), Objects::memory());
+        let traces = traces(dir.path(), &objects);
+        store(&objects, 2).publish_trace(&chain(1), &trace(&[7, 8], &[(0, 1), (1, 1)])).await.unwrap();
+        let known = traces.ask(&chain(1)).await.unwrap();
+        assert!(wanted(&known, &HashMap::new()).is_empty());
+        traces.prefetch(&chain(1), &[layer(70, 7)], &known).await;
+        assert!(!traces.note(&chain(1), |image| image.prefetching));
+        assert_eq!(traces.state("auto").chunks, 0);
+    }
 }
