@@ -20,3 +20,4 @@ mod maker;
 mod mounts;
 mod process;
 mod serve;
+mod takeover;
