@@ -18,6 +18,7 @@ mod lazy;
 #[path = "../maker/mod.rs"]
 mod maker;
 mod mounts;
+mod power;
 mod process;
 mod serve;
 mod takeover;
