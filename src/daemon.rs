@@ -23,6 +23,7 @@ use crate::content::memory::MemoryError;
 use crate::content::trust::{KEY_FILE, KeyError};
 use crate::driver::overlay::{Overlay, OverlayOptions};
 use crate::driver::{Driver, DriverError, probe};
+use crate::keeper::circular::{self, Circular};
 use crate::layer::LayerError;
 use crate::service::{self, About, ServeError, Served};
 use crate::snapshot::SnapshotError;
@@ -51,6 +52,9 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// Why the daemon cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
+    /// It would wait for itself.
+    #[error(transparent)]
+    Circular(#[from] Circular),
     /// Another daemon has the root.
     #[error("{0} is in use by another speedy; stop that one or choose another --root")]
     RootInUse(PathBuf),
@@ -112,7 +116,7 @@ pub async fn run(
     inherited: Option<std::os::unix::net::UnixListener>,
     stop: CancellationToken,
 ) -> Result<(), DaemonError> {
-    let root = Root::open(&config.root)?;
+    let root = Root::open(config)?;
     // What containers wait for comes first; all that follows may wait for them.
     let store = remote::open_store(config)?;
     let root = root.locked().await?;
@@ -307,7 +311,10 @@ enum Root {
 }
 
 impl Root {
-    fn open(root: &Path) -> Result<Root, DaemonError> {
+    fn open(config: &Config) -> Result<Root, DaemonError> {
+        let root = config.root.as_path();
+        // Before anything there is asked for.
+        circular::refuse(&[("the root", root), ("the keeper's socket", &config.keeper)])??;
         let refused = |source| DaemonError::Root { root: root.to_owned(), source };
         // 0700: layers hold setuid files of strangers, which no local user may reach by path.
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(refused)?;

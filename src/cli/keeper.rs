@@ -68,7 +68,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     });
     match ended {
         Ok(()) => Ok(ExitCode::SUCCESS),
-        Err(error @ ProcessError::Circular) => {
+        Err(error @ ProcessError::Circular(_)) => {
             tracing::error!(%error, "no keeper was started");
             Ok(ExitCode::from(HOPELESS))
         }

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::log_format;
 use crate::config::Effective;
-use crate::sys::limits;
+use crate::sys::{limits, memory};
 use crate::{daemon, telemetry};
 
 /// How long what still runs on other threads may take at the end.
@@ -23,6 +23,8 @@ pub(super) fn run(effective: &Effective) -> anyhow::Result<ExitCode> {
         listenfd::ListenFd::from_env().take_unix_listener(0).context("the socket that systemd passed")?;
     limits::raise_open_files();
     limits::private_files();
+    // Before the runtime makes memory that comes and goes.
+    memory::lock_program();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let ended = runtime.block_on(async {
         let stop = CancellationToken::new();

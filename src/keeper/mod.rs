@@ -21,6 +21,7 @@
 //! ([`client::Keeper::lost`]), starts another and leaves everything there again. When both die the kernel aborts the
 //! connection. An upgrade that fails leaves the keeper as it was.
 
+pub mod circular;
 pub mod client;
 mod handover;
 mod held;

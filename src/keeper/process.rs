@@ -16,6 +16,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::circular::{self, Circular};
 use super::handover::{self, Handover, Taken};
 use super::held::{DeadMan, Held};
 use super::protocol::{
@@ -23,7 +24,7 @@ use super::protocol::{
 };
 use crate::sys::fdpass::{self, Channel, PassError, PassListener};
 use crate::sys::fusectl::{self, Aborted};
-use crate::sys::program::{self, Home};
+use crate::sys::program;
 use crate::sys::signals::{Signal, Signals};
 use crate::sys::socket::SocketError;
 use crate::sys::{limits, memory};
@@ -60,12 +61,9 @@ pub enum Stay {
 /// Why there is no keeper.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
-    /// Its program may be served by the daemon that needs it.
-    #[error(
-        "this program lies on an EROFS, as layer images do: a keeper that runs from a layer would wait for the daemon \
-         whose descriptors it keeps. Install speedy on the node's own disk and start the keeper from there"
-    )]
-    Circular,
+    /// It may be served by the daemon that needs it.
+    #[error(transparent)]
+    Circular(#[from] Circular),
     /// The socket cannot be had.
     #[error(transparent)]
     Socket(#[from] SocketError),
@@ -79,14 +77,14 @@ pub enum ProcessError {
 
 /// Whether this program, as it is installed, could take over from a keeper that writes this version of a handover.
 pub fn understands(version: u32) -> bool {
-    version == handover::VERSION && refuse_circular().is_ok()
+    version == handover::VERSION && matches!(circular::refuse(&[]), Ok(Ok(())))
 }
 
 /// Keeps what it is given, until SIGTERM or, if so asked, until nobody needs it.
 pub fn run(options: Options) -> Result<(), ProcessError> {
     // What is already held must not be lost over it.
     if options.adopt.is_none() {
-        refuse_circular()?;
+        circular::refuse(&[("the keeper's socket", &options.socket)])??;
     }
     limits::raise_open_files();
     let signals = Signals::take()?;
@@ -101,20 +99,6 @@ pub fn run(options: Options) -> Result<(), ProcessError> {
     notify(sd_notify::NotifyState::Stopping);
     keeper.listener.unlink();
     Ok(served?)
-}
-
-fn refuse_circular() -> Result<(), ProcessError> {
-    match program::home()? {
-        Home::Erofs => Err(ProcessError::Circular),
-        Home::Overlay => {
-            tracing::warn!(
-                "this program lies on an overlay; if a layer of it is served by Speedy, the keeper waits for the daemon \
-                 that needs it: install speedy on the node's own disk"
-            );
-            Ok(())
-        }
-        Home::Other => Ok(()),
-    }
 }
 
 fn notify(state: sd_notify::NotifyState<'_>) {

@@ -19,7 +19,7 @@ use rustix::mount::{
 };
 
 /// `f_type` of EROFS (`EROFS_SUPER_MAGIC_V1` of `linux/magic.h`).
-pub(super) const EROFS_MAGIC: u64 = 0xe0f5_e1e2;
+const EROFS_MAGIC: u64 = 0xe0f5_e1e2;
 
 /// A mounted EROFS that is not visible anywhere yet; it is gone when dropped before it was put somewhere.
 #[derive(Debug)]

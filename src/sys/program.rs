@@ -1,4 +1,4 @@
-//! The program that this process runs: where it is, what it lies on, becoming another, starting one that outlives us.
+//! The program that this process runs: where it is, becoming another, starting one that outlives us.
 
 use std::ffi::{CString, OsStr, OsString};
 use std::io;
@@ -8,33 +8,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::mount::EROFS_MAGIC;
-
-/// `f_type` of overlayfs (`OVERLAYFS_SUPER_MAGIC` of `linux/magic.h`).
-const OVERLAY: u64 = 0x794c_7630;
 /// The program of this process, whatever happened to its file.
 const OURSELVES: &str = "/proc/self/exe";
-
-/// What kind of file system the program of this process lies on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Home {
-    /// EROFS, which is what layer images are.
-    Erofs,
-    /// overlayfs, which is what containers and live systems run on.
-    Overlay,
-    /// Another.
-    Other,
-}
-
-/// Looks what the program of this process lies on.
-pub fn home() -> io::Result<Home> {
-    let found = rustix::fs::statfs(OURSELVES)?;
-    Ok(match u64::try_from(found.f_type) {
-        Ok(EROFS_MAGIC) => Home::Erofs,
-        Ok(OVERLAY) => Home::Overlay,
-        _ => Home::Other,
-    })
-}
 
 /// The path under which the program that replaces this one will be found.
 ///
@@ -81,10 +56,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_program_has_a_path_and_a_home() {
+    fn this_program_has_a_path() {
         assert!(path().unwrap().is_absolute());
         assert!(path().unwrap().exists());
-        home().unwrap();
     }
 
     #[test]

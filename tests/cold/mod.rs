@@ -145,7 +145,12 @@ impl Cold {
 
     /// As another process would see it: nothing of the memory of the first.
     pub(crate) fn again(&self) -> Arc<ColdLayers> {
-        cold_layers(&self.files, &Arc::new(content(&self.store)))
+        self.again_on(&self.files)
+    }
+
+    /// The same with other files.
+    pub(crate) fn again_on(&self, files: &Arc<LayerStore>) -> Arc<ColdLayers> {
+        cold_layers(files, &Arc::new(content(&self.store)))
     }
 
     /// The layer under this serial, with its metadata here, as a hit leaves it.

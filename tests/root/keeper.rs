@@ -54,7 +54,7 @@ impl Drop for Mounted {
     }
 }
 
-fn start(dir: &Path) -> std::process::Child {
+pub(crate) fn start(dir: &Path) -> std::process::Child {
     let mut command = Command::new(env!("CARGO_BIN_EXE_speedy"));
     command.env_clear().arg("keeper").arg("--socket").arg(dir.join("k.sock"));
     command.stdin(Stdio::null()).stderr(File::create(dir.join("log")).unwrap());

@@ -173,3 +173,22 @@ fn what_cannot_be_had_is_an_error_and_not_other_bytes() {
     place.node.store.lies.store(3, Ordering::SeqCst);
     assert_eq!(fs::read(place.point().join("fs/small/7")).unwrap(), place.contents["small/7"]);
 }
+
+/// It asks the kernel; here the version says what the answer must be.
+#[test]
+fn check_says_what_this_kernel_can_do() {
+    require_root();
+    let dir = tempfile::tempdir().unwrap();
+    let mut check = std::process::Command::new(env!("CARGO_BIN_EXE_speedy"));
+    let said = check.env_clear().args(["check", "--root"]).arg(dir.path()).output().unwrap().stdout;
+    let said = String::from_utf8(said).unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let numbers: Vec<u32> = release.split(['.', '-']).map_while(|part| part.parse().ok()).collect();
+    let images = if numbers >= vec![6, 12] {
+        "layer images: file-backed EROFS"
+    } else {
+        "layer images: EROFS on loop devices"
+    };
+    let asks = if numbers >= vec![6, 9] { "the kernel asks again" } else { "knows from its journal" };
+    assert!(said.contains(images) && said.contains(asks), "{release}: {said}");
+}

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic anywhere and say what it did")]
 
 mod attach;
+mod circular;
 #[path = "../cold/mod.rs"]
 mod cold;
 mod crash;
@@ -18,5 +19,7 @@ mod lazy;
 #[path = "../maker/mod.rs"]
 mod maker;
 mod mounts;
+mod power;
 mod process;
 mod serve;
+mod takeover;

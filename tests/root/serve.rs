@@ -27,6 +27,31 @@ fn the_socket_is_private_and_gone_after_a_clean_stop() {
     });
 }
 
+/// What containers wait for must not wait for the disk of the daemon's program; where that cannot be had it runs all the same.
+#[test]
+fn the_program_stays_in_memory_where_it_may() {
+    let locked = |daemon: &crate::process::Daemon| {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmLck:")).unwrap().to_owned();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap()
+    };
+    let place = Place::new();
+    runtime().block_on(async {
+        let mut daemon = place.start();
+        daemon.client(&place.socket()).await;
+        assert!(locked(&daemon) > 1024, "{} KiB", locked(&daemon));
+        daemon.kill();
+        let command = place.command();
+        let mut limited = Command::new("/bin/sh");
+        let drop_rights = "ulimit -l 0; exec setpriv --bounding-set -ipc_lock,-sys_resource \"$@\"";
+        limited.args(["-c", drop_rights, "sh"]).arg(command.get_program()).args(command.get_args());
+        let mut daemon = place.start_command(limited);
+        daemon.client(&place.socket()).await;
+        assert_eq!(locked(&daemon), 0);
+        assert!(daemon.log().contains("not locked in memory"), "{}", daemon.log());
+    });
+}
+
 #[test]
 fn a_stale_socket_is_replaced() {
     let place = Place::new();

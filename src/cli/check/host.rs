@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 use super::{Area, Finding};
 use crate::config::Config;
 use crate::driver::probe;
+use crate::layer::attach::{AttachError, Attacher, Mode, Way};
+use crate::layer::lazy;
 use crate::sys::idmap::IdMapped;
 use crate::sys::mount::TrialMount;
 use crate::sys::mountinfo::{self, MountEntry};
@@ -46,6 +48,8 @@ pub fn probe(config: &Config, daemon: Option<u32>) -> Vec<Finding> {
     findings.push(overlay(&filesystems, try_overlay(&base, &config.overlayfs.mount_options, can_mount)));
     findings.push(id_mapping(can_mount.then(|| try_id_mapping(&base))));
     findings.push(lazy_kernel(&filesystems, |device| Path::new(device).exists()));
+    findings.push(layer_images(can_mount.then(|| Attacher::probe(&base, Mode::Auto))));
+    findings.push(taking_over(can_mount.then(lazy::kernel_repeats)));
     findings.push(fuse_timeout(read("/proc/sys/fs/fuse/max_request_timeout").ok().as_deref()));
 
     let table = read("/proc/self/mountinfo").map(|text| mountinfo::parse(&text));
@@ -206,8 +210,7 @@ fn id_mapping(trial: Option<io::Result<bool>>) -> Finding {
             );
             Finding::warning(area, title, detail)
         }
-        None => Finding::skipped(area, title, "not tried: a trial mount needs CAP_SYS_ADMIN")
-            .fix("sudo speedy check"),
+        None => not_tried(title),
     }
 }
 
@@ -230,6 +233,46 @@ fn lazy_kernel(filesystems: &Result<String, String>, exists: impl Fn(&str) -> bo
         format!("not loaded: {}; not needed by the overlayfs driver", absent.join(", "))
     };
     Finding::ok(area, title, detail)
+}
+
+/// How complete layer images are mounted here, by trying.
+fn layer_images(tried: Option<Result<Way, AttachError>>) -> Finding {
+    let (area, title) = (Area::Kernel, "layer images");
+    match tried {
+        Some(Ok(way @ Way::FileBacked(_))) => Finding::ok(area, title, format!("{way}")),
+        Some(Ok(way @ Way::Loop)) => {
+            let detail =
+                format!("{way}; from Linux 6.12 on the kernel mounts most file systems' files without them");
+            Finding::ok(area, title, detail)
+        }
+        Some(Err(error)) => Finding::warning(area, title, error.to_string()).fix("modprobe -a erofs loop"),
+        None => not_tried(title),
+    }
+}
+
+/// What becomes of reads that a daemon has begun to answer when it dies, by asking the kernel.
+fn taking_over(repeats: Option<io::Result<bool>>) -> Finding {
+    let (area, title) = (Area::Kernel, "lazy layers");
+    match repeats {
+        Some(Ok(true)) => {
+            Finding::ok(area, title, "can be read; what a daemon that died was asked, the kernel asks again")
+        }
+        Some(Ok(false)) => Finding::ok(
+            area,
+            title,
+            "can be read; what a daemon that died was asked, the next one knows from its journal (Linux before 6.9)",
+        ),
+        Some(Err(error)) => {
+            let detail = format!("no FUSE ({error}): layers are fetched whole before containers start");
+            Finding::warning(area, title, detail).fix("modprobe fuse")
+        }
+        None => not_tried(title),
+    }
+}
+
+fn not_tried(title: &'static str) -> Finding {
+    Finding::skipped(Area::Kernel, title, "not tried: a trial mount needs CAP_SYS_ADMIN")
+        .fix("sudo speedy check")
 }
 
 fn fuse_timeout(value: Option<&str>) -> Finding {

@@ -1,5 +1,6 @@
 use super::super::Status;
 use super::*;
+use crate::sys::mount::ErofsIo;
 
 fn text(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
@@ -45,6 +46,19 @@ fn id_mapping_is_judged_by_its_trial() {
     assert_eq!(refused.status, Status::Warning);
     assert!(refused.detail.contains("remap-ids"), "{}", refused.detail);
     assert_eq!(id_mapping(None).status, Status::Skipped);
+}
+
+#[test]
+fn layers_are_judged_by_their_trials() {
+    assert_eq!(layer_images(Some(Ok(Way::FileBacked(ErofsIo::Direct)))).detail, "file-backed EROFS");
+    let on_loops = layer_images(Some(Ok(Way::Loop)));
+    assert!(on_loops.status == Status::Ok && on_loops.detail.contains("6.12"), "{}", on_loops.detail);
+    let refused = AttachError::Unsupported { file_backed: None, loop_device: None };
+    assert_eq!(layer_images(Some(Err(refused))).status, Status::Warning);
+    assert!(taking_over(Some(Ok(true))).detail.contains("asks again"));
+    assert!(taking_over(Some(Ok(false))).detail.contains("journal"));
+    assert_eq!(taking_over(Some(Err(io::Error::from_raw_os_error(2)))).status, Status::Warning);
+    assert_eq!([layer_images(None).status, taking_over(None).status], [Status::Skipped; 2]);
 }
 
 #[test]

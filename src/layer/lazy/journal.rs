@@ -6,10 +6,12 @@
 //! **Format.** The machine's words. A head of 4096 bytes (word 0: magic, word 1: *generation*, the number of processes that have
 //! served); then `BANKS` banks of `SLOTS` slots of `LONGEST` bytes. A slot whose first word is 0 is free. Process `n`
 //! reads into bank `n` modulo `BANKS`, so that a predecessor that is not quite dead yet never writes where its successor does.
+//! What process `n - BANKS` left there stays until it is answered: nobody else knows of it.
 //!
 //! **When it fails.** A request whose answer was sent just before the process died is answered again: the kernel says that there
 //! is no such request, and that is all.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
@@ -31,12 +33,14 @@ const MAGIC: u64 = u64::from_be_bytes(*b"SpdyJnl1");
 pub struct Journal {
     memory: Shared,
     bank: usize,
+    /// Slots of our bank that were taken when we came; none of ours until they are answered.
+    inherited: Mutex<HashSet<usize>>,
     free: Mutex<Vec<usize>>,
     freed: Condvar,
 }
 
 /// A slot that is in use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Slot(usize);
 
 impl Journal {
@@ -56,11 +60,11 @@ impl Journal {
         }
         let generation = head[1].fetch_add(1, Ordering::AcqRel);
         let bank = usize::try_from(generation % BANKS as u64).map_err(io::Error::other)?;
-        let slots = (bank * SLOTS..(bank + 1) * SLOTS).rev().collect();
-        let journal = Journal { memory, bank, free: Mutex::new(slots), freed: Condvar::new() };
-        // Of so old a process that its successors have answered everything in it.
-        (bank * SLOTS..(bank + 1) * SLOTS).for_each(|slot| journal.clear(Slot(slot)));
-        Ok(journal)
+        let is_free = |slot: &usize| memory.words()[at(*slot) / 8].load(Ordering::Acquire) == 0;
+        let (free, inherited): (Vec<usize>, Vec<usize>) =
+            (bank * SLOTS..(bank + 1) * SLOTS).rev().partition(is_free);
+        let (inherited, free) = (Mutex::new(inherited.into_iter().collect()), Mutex::new(free));
+        Ok(Journal { memory, bank, inherited, free, freed: Condvar::new() })
     }
 
     /// A free slot; waits for one.
@@ -80,11 +84,16 @@ impl Journal {
         Ok(self.message(slot, read))
     }
 
-    /// The request in the slot is answered: the slot is free again.
+    /// The request in the slot is answered: the slot is free again. To be called once.
     pub fn answered(&self, slot: Slot) {
-        self.clear(slot);
-        if slot.0 / SLOTS == self.bank {
-            self.free.lock().push(slot.0);
+        self.memory.words()[at(slot.0) / 8].store(0, Ordering::Release);
+        self.release(slot.0);
+    }
+
+    fn release(&self, slot: usize) {
+        self.inherited.lock().remove(&slot);
+        if slot / SLOTS == self.bank {
+            self.free.lock().push(slot);
             self.freed.notify_one();
         }
     }
@@ -93,31 +102,29 @@ impl Journal {
     pub fn left(&self) -> Vec<(Slot, Message)> {
         let words = self.memory.words();
         let taken = |slot: &usize| words[at(*slot) / 8].load(Ordering::Acquire) != 0;
-        let left = self.others().filter(taken);
+        let left = self.others().into_iter().filter(taken);
         left.filter_map(|slot| Some((Slot(slot), self.message(Slot(slot), LOOKED_AT)?))).collect()
     }
 
     /// Forgets what predecessors did not answer; tells whether there was anything.
     pub fn forget_left(&self) -> bool {
         let words = self.memory.words();
-        self.others().fold(false, |any, slot| {
-            let taken = words[at(slot) / 8].swap(0, Ordering::AcqRel) != 0;
-            any || taken
-        })
+        let taken = |slot: &usize| words[at(*slot) / 8].swap(0, Ordering::AcqRel) != 0;
+        let left: Vec<usize> = self.others().into_iter().filter(taken).collect();
+        left.iter().for_each(|slot| self.release(*slot));
+        !left.is_empty()
     }
 
-    fn others(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..BANKS * SLOTS).filter(|slot| slot / SLOTS != self.bank)
+    /// The slots that are not ours, or not ours yet.
+    fn others(&self) -> Vec<usize> {
+        let inherited = self.inherited.lock();
+        (0..BANKS * SLOTS).filter(|slot| slot / SLOTS != self.bank || inherited.contains(slot)).collect()
     }
 
     fn message(&self, slot: Slot, read: usize) -> Option<Message> {
         message::parse(
             &self.memory.copy(at(slot.0), read.min(LOOKED_AT).next_multiple_of(8))[..read.min(LOOKED_AT)],
         )
-    }
-
-    fn clear(&self, slot: Slot) {
-        self.memory.words()[at(slot.0) / 8].store(0, Ordering::Release);
     }
 }
 
@@ -161,6 +168,37 @@ mod tests {
         assert_eq!(second.left().into_iter().map(|(_, message)| message).collect::<Vec<_>>(), [late]);
         assert!(second.forget_left());
         assert!(!second.forget_left());
+    }
+
+    /// A process that came to a bank cleared it, because surely somebody between had answered what was in it. When processes died
+    /// faster than the store answered, nobody had, and the readers waited for ever.
+    #[test]
+    fn what_outlasts_as_many_processes_as_there_are_banks_is_not_lost() {
+        let memory = Journal::memory().unwrap();
+        let (_, asked) = receive(&Journal::open(&memory).unwrap(), 1);
+        for _ in 0..3 * BANKS {
+            let journal = Journal::open(&memory).unwrap();
+            let left = journal.left();
+            assert_eq!(left.iter().map(|(_, message)| message).collect::<Vec<_>>(), [&asked]);
+            // A request of its own, which it answers.
+            let (slot, _) = receive(&journal, 2);
+            journal.answered(slot);
+            assert_eq!(journal.left(), left);
+        }
+        for _ in 0..BANKS {
+            let journal = Journal::open(&memory).unwrap();
+            journal.left().iter().for_each(|(slot, _)| journal.answered(*slot));
+            let slots: HashSet<Slot> = (0..SLOTS).map(|_| journal.take()).collect();
+            assert_eq!(slots.len(), SLOTS);
+        }
+        let (first, last) = (Journal::open(&memory).unwrap(), BANKS - 1);
+        receive(&first, 3);
+        (0..last).for_each(|_| drop(Journal::open(&memory).unwrap()));
+        let journal = Journal::open(&memory).unwrap();
+        assert!(journal.forget_left() && !journal.forget_left());
+        for _ in 0..SLOTS {
+            journal.take();
+        }
     }
 
     #[test]

@@ -67,6 +67,15 @@ impl Kept {
     }
 }
 
+/// Whether this kernel sends again what a process that died was asked, or its successor must know it (see [`journal`]).
+pub fn kernel_repeats() -> std::io::Result<bool> {
+    let kept = Kept::create()?;
+    match fuse::write(&kept.connection, &[std::io::IoSlice::new(&message::resend())]) {
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => Ok(false),
+        done => done.map(|()| true),
+    }
+}
+
 /// The layer images that are not wholly here.
 #[derive(Debug)]
 pub struct ColdLayers {
@@ -185,7 +194,7 @@ impl Lazy {
         let work = Arc::clone(layers.work());
         let session = Session::start(Arc::clone(&connection), journal, layers, work, resume)?;
         let (mount, helper) = (Mount::from_fd(kept.mount), Helper::new(exe.to_owned()));
-        let resumed = resume == Resume::Again;
+        let resumed = resume != Resume::First;
         Ok(Lazy { session, connection, mount, journal: kept.journal, helper, resumed })
     }
 

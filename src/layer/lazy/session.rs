@@ -3,6 +3,7 @@
 //! A few threads take requests. What is on this node they answer at once; a read that must fetch becomes a task, so that any
 //! number of them are under way.
 
+use std::collections::HashSet;
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -97,6 +98,8 @@ pub enum Resume {
     First,
     /// What predecessors did not answer, the kernel sends again, where it can; else it is taken from the journal.
     Again,
+    /// The same on a kernel that is not asked, as if it were older than 6.9.
+    ByJournal,
 }
 
 impl Session {
@@ -116,9 +119,10 @@ impl Session {
             let name = format!("layers-{number}");
             std::thread::Builder::new().name(name).spawn(move || session.serve())?;
         }
-        if resume == Resume::Again {
+        if resume != Resume::First {
             let resuming = Arc::clone(&session);
-            std::thread::Builder::new().name("layers-resume".into()).spawn(move || resuming.resume())?;
+            let resume = move || resuming.resume(resume);
+            std::thread::Builder::new().name("layers-resume".into()).spawn(resume)?;
         }
         Ok(session)
     }
@@ -157,16 +161,17 @@ impl Session {
     }
 
     /// What the kernel sends again comes to everybody; what the journal holds is handled here.
-    fn resume(self: &Arc<Self>) {
+    fn resume(self: &Arc<Self>, resume: Resume) {
         let resend = || fuse::write(&self.connection, &[IoSlice::new(&message::resend())]);
         // Asked before anything is forgotten: where the kernel refuses, the journal is all there is. And again afterwards, for what
         // a predecessor may have taken between the two.
-        let resent = resend().is_ok() && {
+        let resent = resume == Resume::Again && resend().is_ok() && {
             self.journal.forget_left();
             resend().is_ok()
         };
+        let mut replayed = HashSet::new();
         if !resent {
-            self.replay();
+            self.replay(&mut replayed);
         }
         for pause in LOOKS {
             std::thread::sleep(Duration::from_millis(pause));
@@ -176,15 +181,18 @@ impl Session {
                     tracing::warn!(%error, "the kernel does not repeat what a predecessor took");
                 }
             } else if !resent {
-                self.replay();
+                self.replay(&mut replayed);
             }
         }
     }
 
-    fn replay(self: &Arc<Self>) {
+    /// Each request once: its answer may take longer than it is until the next look.
+    fn replay(self: &Arc<Self>, replayed: &mut HashSet<(Slot, u64)>) {
         for (slot, message) in self.journal.left() {
-            self.counts.taken_over.fetch_add(1, Ordering::Relaxed);
-            self.handle(slot, message);
+            if replayed.insert((slot, message.unique)) {
+                self.counts.taken_over.fetch_add(1, Ordering::Relaxed);
+                self.handle(slot, message);
+            }
         }
     }
 

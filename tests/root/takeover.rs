@@ -1,0 +1,214 @@
+//! Servers of lazy layers that are killed while reads are under way, and their successors, on both ways of taking over.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use speedy::keeper::client::Keeper;
+use speedy::keeper::protocol::Name;
+use speedy::layer::lazy::helper::Helper;
+use speedy::layer::lazy::session::Resume;
+use speedy::layer::lazy::{Kept, Lazy};
+use speedy::sys::fuse::Mount;
+use speedy::sys::mount::{self, Unmount};
+
+use crate::cold::{Cold, noise};
+use crate::keeper;
+use crate::process::{require_root, runtime};
+
+const DIR: &str = "TEST_TAKEOVER_DIR";
+const RESUME: &str = "TEST_TAKEOVER_RESUME";
+const DELAY: &str = "TEST_TAKEOVER_DELAY";
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Longer than anybody waits.
+const NEVER: u64 = 3_600_000;
+/// More than the journal has banks.
+const KILLS: usize = 6;
+const NAMES: [&str; 3] = ["connection", "mount", "journal"];
+
+fn contents() -> BTreeMap<String, Vec<u8>> {
+    (0..8).map(|n| (format!("file-{n}"), noise(n + 1, 280_000))).collect()
+}
+
+fn exe() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_speedy"))
+}
+
+/// One server: takes what the keeper has, and serves until it is killed.
+#[test]
+#[ignore = "a part of the tests of this file, which start it"]
+fn child_that_serves() {
+    let dir = PathBuf::from(std::env::var_os(DIR).unwrap());
+    let resume = match &std::env::var(RESUME).unwrap()[..] {
+        "first" => Resume::First,
+        "again" => Resume::Again,
+        "journal" => Resume::ByJournal,
+        other => panic!("{other}"),
+    };
+    let runtime = runtime();
+    let contents = contents();
+    let files: Vec<(&str, &[u8])> = contents.iter().map(|(name, bytes)| (&name[..], &bytes[..])).collect();
+    let node = runtime.block_on(Cold::new(&dir, &files));
+    if resume == Resume::First {
+        runtime.block_on(node.begin(7));
+    }
+    node.store.delay.store(std::env::var(DELAY).unwrap().parse().unwrap(), Ordering::SeqCst);
+    let keeper = Keeper::connect(&dir.join("k.sock")).unwrap();
+    let [connection, mount, journal] =
+        NAMES.map(|name| keeper.get(&Name::new(name).unwrap()).unwrap().unwrap());
+    let _inside = runtime.enter();
+    let lazy =
+        Lazy::start(Kept { connection, mount, journal }, Arc::clone(&node.layers), resume, exe()).unwrap();
+    loop {
+        fs::write(dir.join("taken.new"), lazy.counts().numbers().taken_over.to_string()).unwrap();
+        fs::rename(dir.join("taken.new"), dir.join("taken")).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A keeper with a connection, and a layer of which nothing but the metadata is here.
+struct Place {
+    dir: tempfile::TempDir,
+    keeper: Child,
+    mount: Mount,
+}
+
+impl Place {
+    fn new() -> Place {
+        require_root();
+        let dir = tempfile::Builder::new().prefix("spd").tempdir().unwrap();
+        fs::create_dir(dir.path().join("l")).unwrap();
+        let child = keeper::start(dir.path());
+        let kept = Kept::create().unwrap();
+        let keeper = Keeper::connect(&dir.path().join("k.sock")).unwrap();
+        let descriptors = [kept.connection.as_fd(), kept.mount.as_fd(), kept.journal.as_fd()];
+        for (name, descriptor) in NAMES.iter().zip(descriptors) {
+            keeper.put(&Name::new(*name).unwrap(), descriptor).unwrap();
+        }
+        Place { dir, keeper: child, mount: Mount::from_fd(kept.mount) }
+    }
+
+    fn point(&self) -> PathBuf {
+        self.dir.path().join("l/7")
+    }
+
+    fn taken(&self) -> Option<u64> {
+        fs::read_to_string(self.dir.path().join("taken")).ok()?.parse().ok()
+    }
+
+    /// A server that serves.
+    fn serve(&self, resume: &str, delay: u64) -> Child {
+        drop(fs::remove_file(self.dir.path().join("taken")));
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "takeover::child_that_serves", "--ignored", "--nocapture"]);
+        command.env(DIR, self.dir.path()).env(RESUME, resume).env(DELAY, delay.to_string());
+        let mut child = command.stdout(Stdio::null()).spawn().unwrap();
+        let began = Instant::now();
+        while self.taken().is_none() {
+            assert!(child.try_wait().unwrap().is_none() && began.elapsed() < PATIENCE);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        child
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // The last descriptors go with it: whoever still waits gets an error.
+        self.keeper.kill().unwrap();
+        self.keeper.wait().unwrap();
+        drop(mount::unmount(&self.point(), Unmount::FromSight));
+    }
+}
+
+fn kill(child: &mut Child) {
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// Reads wait over the deaths of more servers than the journal has banks, none of which had an answer.
+#[expect(clippy::print_stderr, reason = "the last words before an abort")]
+fn reads_outlast_their_servers(resume: &str) {
+    let place = Place::new();
+    let mut server = place.serve("first", NEVER);
+    Helper::new(exe().to_owned()).attach(&place.mount, 7, &place.point()).unwrap();
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = contents()
+            .into_iter()
+            .map(|(name, bytes)| {
+                let path = place.point().join("fs").join(name);
+                scope.spawn(move || fs::read(path).unwrap() == bytes)
+            })
+            .collect();
+        for _ in 0..KILLS {
+            std::thread::sleep(Duration::from_millis(400));
+            kill(&mut server);
+            assert!(readers.iter().all(|reader| !reader.is_finished()));
+            server = place.serve(resume, NEVER);
+        }
+        kill(&mut server);
+        server = place.serve(resume, 1);
+        let began = Instant::now();
+        while readers.iter().any(|reader| !reader.is_finished()) {
+            if began.elapsed() > PATIENCE {
+                // A panic would wait for them.
+                eprintln!("reads wait that nobody answers");
+                std::process::abort();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(readers.into_iter().all(|reader| reader.join().unwrap()));
+    });
+    if resume == "journal" {
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(place.taken().unwrap() >= 8, "{:?}", place.taken());
+    }
+    kill(&mut server);
+}
+
+#[test]
+fn reads_outlast_their_servers_where_the_kernel_sends_again() {
+    reads_outlast_their_servers("again");
+}
+
+/// As on Linux before 6.9, where `again` is the same.
+#[test]
+fn reads_outlast_their_servers_by_the_journal() {
+    reads_outlast_their_servers("journal");
+}
+
+/// Answers are under way at every kill: what was answered and not yet cleared is answered twice.
+#[test]
+fn readers_do_not_notice_kills() {
+    for resume in ["again", "journal"] {
+        let place = Place::new();
+        let mut server = place.serve("first", 20);
+        Helper::new(exe().to_owned()).attach(&place.mount, 7, &place.point()).unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for half in 0..2 {
+                let (place, done) = (&place, &done);
+                scope.spawn(move || {
+                    while !done.load(Ordering::SeqCst) {
+                        for (name, bytes) in contents().into_iter().skip(half) {
+                            assert!(fs::read(place.point().join("fs").join(name)).unwrap() == bytes);
+                        }
+                        fs::write("/proc/sys/vm/drop_caches", "1").unwrap();
+                    }
+                });
+            }
+            for round in 0..KILLS {
+                std::thread::sleep(Duration::from_millis(30 + 17 * round as u64));
+                kill(&mut server);
+                server = place.serve(resume, 20);
+            }
+            done.store(true, Ordering::SeqCst);
+        });
+        kill(&mut server);
+    }
+}
