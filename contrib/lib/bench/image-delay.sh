@@ -60,7 +60,7 @@ record_start() {
     on b ready speedy "$1" >/dev/null
     link_post "link?mbit=0&delay=0"
     wait_for 90 "the start to be recorded" on b is_recorded
-    wait_for 120 "the layers to be durable" on b filled
+    on b filled 120
     on b empty_node
 }
 is_recorded() { [[ $(status_of .traces.written) == 1 ]]; }
