@@ -10,7 +10,7 @@
 //! * Nobody waits for anything here: without traces everything is as it is with them, but later.
 //! * A trace is used only to choose the order in which chunks of the image's own layers are fetched; what it says of others, or of
 //!   chunks that there are not, is passed over.
-//! * A layer is kept from being native only while a start is being recorded: [`MOST_RECORDED`] at most.
+//! * A layer is kept from being native only while a start is being recorded: a minute at most.
 //!
 //! **When it fails.** A trace that was not written is written by the next node that starts the image. What was being recorded when the
 //! daemon ends is lost.
