@@ -262,7 +262,7 @@ mod tests {
 
     #[test]
     fn the_largest_trace_fits() {
-        let layers = (0..MOST_LAYERS).map(|n| IndexDigest::of(&n.to_le_bytes())).collect();
+        let layers = (0..MOST_LAYERS).map(|n| IndexDigest::of(n.to_string().as_bytes())).collect();
         let (last, most) = (u16::try_from(MOST_LAYERS - 1).unwrap(), u32::try_from(MOST_STEPS).unwrap());
         let top = u32::try_from(Limits::default().chunks).unwrap();
         let steps = (0..most).map(|n| Step { layer: last, chunk: top - 1 - n }).collect();
@@ -294,7 +294,7 @@ mod tests {
             },
             wire::Trace {
                 indexes: (0..=MOST_LAYERS)
-                    .flat_map(|n| *IndexDigest::of(&n.to_le_bytes()).as_bytes())
+                    .flat_map(|n| *IndexDigest::of(n.to_string().as_bytes()).as_bytes())
                     .collect(),
                 ..good.clone()
             },
@@ -330,7 +330,8 @@ mod tests {
         assert_eq!(merged.steps().len(), MOST_STEPS);
         Trace::decode(&merged.encode(&chain(1)), &chain(1)).unwrap();
         let many = |from: usize| {
-            let layers = (from..from + MOST_LAYERS).map(|n| IndexDigest::of(&n.to_le_bytes())).collect();
+            let layers =
+                (from..from + MOST_LAYERS).map(|n| IndexDigest::of(n.to_string().as_bytes())).collect();
             Trace::new(layers, vec![Step { layer: 5, chunk: 1 }]).unwrap()
         };
         let merged = merge(&[many(0), many(MOST_LAYERS)]);

@@ -10,7 +10,7 @@
 //! * Nobody waits for anything here: without traces everything is as it is with them, but later.
 //! * A trace is used only to choose the order in which chunks of the image's own layers are fetched; what it says of others, or of
 //!   chunks that there are not, is passed over.
-//! * A layer is kept from being native only while a start is being recorded: [`MOST_RECORDED`] at most.
+//! * A layer is kept from being native only while a start is being recorded: a minute at most.
 //!
 //! **When it fails.** A trace that was not written is written by the next node that starts the image. What was being recorded when the
 //! daemon ends is lost.
@@ -20,7 +20,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use futures::{FutureExt, StreamExt, stream};
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
@@ -50,8 +51,11 @@ const FRESH: Duration = Duration::from_secs(60);
 const SETTLED: Duration = Duration::from_millis(100);
 /// How soon it mostly is: the store need not be asked for the traces of a layer that has one above it.
 const NEXT_LAYER: Duration = Duration::from_millis(20);
-/// How many chunks are fetched at once: a link of 1 Gbit/s and 300 ms has 37 MB on its way.
-const AT_ONCE: usize = 32;
+/// How many chunks are fetched at once, at least, to begin with and at most: less than the store is asked for at once, so that readers
+/// find a place, and than [`ColdLayers`] have room for.
+const LEAST_AT_ONCE: usize = 8;
+const FIRST_AT_ONCE: usize = 16;
+const MOST_AT_ONCE: usize = 48;
 /// A fill of what was prefetched stands back until nobody has read for so long, and no longer than that.
 const QUIET: Duration = Duration::from_secs(2);
 const MOST_HELD: Duration = Duration::from_secs(30);
@@ -354,16 +358,23 @@ impl Traces {
 
     /// How many bytes were fetched.
     async fn fetch(&self, wanted: Vec<(Arc<Cold>, usize)>) -> u64 {
-        let fetched = stream::iter(wanted)
-            // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
-            .map(|(cold, at)| async move { cold.prefetch(at).await }.boxed())
-            .buffer_unordered(AT_ONCE);
-        let mut all = 0;
-        let mut fetched = std::pin::pin!(fetched);
-        while let Some(answer) = fetched.next().await {
+        let (mut all, mut window, mut wanted) = (0, Window::default(), wanted.into_iter());
+        let mut under_way = FuturesUnordered::new();
+        loop {
+            let free = window.at_once.saturating_sub(under_way.len());
+            under_way.extend(wanted.by_ref().take(free).map(|(cold, at)| {
+                // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
+                async move {
+                    let began = Instant::now();
+                    (cold.prefetch(at).await, began.elapsed())
+                }
+                .boxed()
+            }));
+            let Some((answer, took)) = under_way.next().await else { return all };
             match answer {
                 Ok(0) => {}
                 Ok(bytes) => {
+                    window.took(took);
                     all += u64::from(bytes);
                     self.counts.chunks.fetch_add(1, Ordering::Relaxed);
                     self.counts.bytes.fetch_add(bytes.into(), Ordering::Relaxed);
@@ -371,12 +382,11 @@ impl Traces {
                 Err(error) => {
                     tracing::debug!(%error, "a chunk of a trace cannot be had");
                     if error.is_outage() {
-                        break;
+                        return all;
                     }
                 }
             }
         }
-        all
     }
 
     fn say(&self, chain: &ChainId, said: String) {
@@ -431,6 +441,32 @@ impl Traces {
             tracing::info!(%error, "this node records no starts of images: it may not write traces to the store");
         } else {
             tracing::debug!(%chain, %error, "what a start read could not be recorded");
+        }
+    }
+}
+
+/// How many fetches are under way: as many as do not wait for each other, so that a long way is filled (300 ms at 1 Gbit/s are 37 MB)
+/// and what a container asks for itself need not wait behind them on a thin one.
+#[derive(Debug)]
+struct Window {
+    at_once: usize,
+    quickest: Duration,
+}
+
+impl Default for Window {
+    fn default() -> Window {
+        Window { at_once: FIRST_AT_ONCE, quickest: Duration::MAX }
+    }
+}
+
+impl Window {
+    /// A fetch took so long.
+    fn took(&mut self, took: Duration) {
+        self.quickest = self.quickest.min(took);
+        if took < self.quickest * 2 {
+            self.at_once = (self.at_once + 1).min(MOST_AT_ONCE);
+        } else if took > self.quickest * 4 {
+            self.at_once = (self.at_once - 1).max(LEAST_AT_ONCE);
         }
     }
 }
@@ -550,6 +586,18 @@ mod tests {
         let (images, asking, denied) = (Mutex::default(), KeyedLocks::default(), AtomicBool::new(false));
         let (counts, work) = (Counts::default(), Work::default());
         Traces { meta, layers, cold, content, images, asking, denied, counts, work }
+    }
+
+    #[test]
+    fn as_many_are_fetched_at_once_as_do_not_wait_for_each_other() {
+        let (mut window, ms) = (Window::default(), Duration::from_millis);
+        (0..100).for_each(|n| window.took(ms(300 + n)));
+        assert_eq!(window.at_once, MOST_AT_ONCE);
+        window.took(ms(5));
+        (0..10).for_each(|_| window.took(ms(15)));
+        assert_eq!(window.at_once, MOST_AT_ONCE);
+        (0..100).for_each(|_| window.took(ms(50)));
+        assert_eq!(window.at_once, LEAST_AT_ONCE);
     }
 
     #[test]

@@ -225,25 +225,26 @@ fn what_was_read_first_elsewhere_is_fetched_first() {
         let node = some_layer(other.path()).await;
         let layer = node.begin(5).await;
         let held = node.layers.hold(vec![5]);
-        let filling = tokio::spawn({
-            let layer = Arc::clone(&layer);
-            async move { layer.fill().await }
-        });
         node.store.asked.lock().unwrap().clear();
-        for (_, at) in &order {
-            assert!(layer.prefetch(*at).await.unwrap() > 0);
-        }
-        let asked = node.store.asked.lock().unwrap().clone();
-        let ids: Vec<_> = wanted.iter().map(|at| node.index.chunk(*at).1.id).collect();
-        assert_eq!(asked, ids, "a fill that is held takes no place on the link");
-        for at in wanted {
-            let (start, chunk) = node.index.chunk(at);
-            let range = start..start + u64::from(chunk.length);
-            assert!(joined(&layer.read_now(range.clone()).unwrap()) == crate::reads::at(&node.bytes, &range));
-            assert_eq!(layer.prefetch(at).await.unwrap(), 0);
-        }
-        drop(held);
-        filling.await.unwrap().unwrap();
+        let prefetching = async {
+            for (_, at) in &order {
+                assert!(layer.prefetch(*at).await.unwrap() > 0);
+            }
+            let asked = node.store.asked.lock().unwrap().clone();
+            let ids: Vec<_> = wanted.iter().map(|at| node.index.chunk(*at).1.id).collect();
+            assert_eq!(asked, ids, "a fill that is held takes no place on the link");
+            for at in wanted {
+                let (start, chunk) = node.index.chunk(at);
+                let range = start..start + u64::from(chunk.length);
+                assert!(
+                    joined(&layer.read_now(range.clone()).unwrap()) == crate::reads::at(&node.bytes, &range)
+                );
+                assert_eq!(layer.prefetch(at).await.unwrap(), 0);
+            }
+            drop(held);
+        };
+        let (filled, ()) = futures::join!(layer.fill(), prefetching);
+        filled.unwrap();
         assert!(layer.is_complete());
     });
 }
