@@ -9,9 +9,11 @@
 //! * A read is answered as soon as its chunks are checked; they are written to the file afterwards. Until then they are in
 //!   memory, of which all cold layers together take a bounded part ([`Gate::room`]).
 //! * Nothing is synced here.
+//! * Whoever reads the file holds `reading` from the moment it found its chunks present: none is given up ([`eviction`]) meanwhile.
 //!
 //! **When it fails.** A read whose chunk cannot be had is tried again until its deadline. A chunk that cannot be written (the disk
-//! is full) is handed out all the same, and fetched again by the next who wants it.
+//! is full) is handed out all the same, and fetched again by the next who wants it. After a failed fsync nobody knows what the
+//! file holds: nothing is read from it any more ([`Cold::distrust`]).
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -19,22 +21,25 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, TryStreamExt, future};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
 
 use super::LayerError;
+use super::allowance::Allowance;
 use super::fill::{FillProgress, Supplier, Supply};
 use super::gate::{Gate, Urgency};
 use super::presence::{self, Earlier, Presence};
 use crate::chunk::{ChunkId, ChunkRef};
 use crate::content::index::{IndexDigest, LayerIndex};
 use crate::sys::{blocking, extent};
+
+pub mod eviction;
 
 /// How many chunks of one layer are on their way at once: 32 of a quarter MiB keep a link of 1 Gbit/s and 20 ms busy.
 const AT_ONCE: usize = 32;
@@ -67,62 +72,109 @@ pub struct Cold {
     supply: Supply,
     gate: Arc<Gate>,
     full: AtomicBool,
+    allowance: Arc<Allowance>,
+    /// Taken for writing by whoever gives chunks up.
+    reading: RwLock<()>,
+    /// A bit for each chunk that was read of late.
+    seen: Vec<AtomicU64>,
+    last_read: AtomicU64,
+    /// The chunks of data, and which of them is looked at next when some are given up.
+    data: Range<usize>,
+    hand: AtomicUsize,
+    holds: AtomicUsize,
+    distrusted: AtomicBool,
     /// How far it is.
     pub progress: FillProgress,
 }
 
+/// What every layer image is filled with, and what they share.
+#[derive(Debug, Clone)]
+pub struct Means {
+    /// What chunks are had from.
+    pub supply: Supply,
+    /// Who may fetch when.
+    pub gate: Arc<Gate>,
+    /// What they may take.
+    pub allowance: Arc<Allowance>,
+}
+
 impl Cold {
     /// The layer image of this serial, as far as it is here. Blocking.
-    pub fn open(
-        serial: u64,
-        index: Arc<LayerIndex>,
-        supply: Supply,
-        gate: Arc<Gate>,
-    ) -> Result<Cold, LayerError> {
-        let store = Arc::clone(&supply.layers);
+    pub fn open(serial: u64, index: Arc<LayerIndex>, means: Means) -> Result<Cold, LayerError> {
+        match means.supply.layers.read(serial) {
+            Ok(file) => Ok(Cold::with(serial, index, means, file, None)),
+            Err(_) => {
+                let file = means.supply.layers.reopen(serial)?;
+                Cold::filling(serial, index, means, file)
+            }
+        }
+    }
+
+    /// A new one without anything in it, whether it is complete or not. Blocking.
+    pub fn begin(serial: u64, index: Arc<LayerIndex>, means: Means) -> Result<Cold, LayerError> {
+        let file = means.supply.layers.create(serial)?;
+        Cold::filling(serial, index, means, file)
+    }
+
+    fn filling(serial: u64, index: Arc<LayerIndex>, means: Means, file: File) -> Result<Cold, LayerError> {
+        let store = Arc::clone(&means.supply.layers);
         let path = store.image(serial);
         let io = |error| LayerError::at(&path, error);
-        let (file, presence, earlier) = match store.read(serial) {
-            Ok(file) => (file, None, Earlier::Believed),
-            Err(_) => {
-                let file = store.reopen(serial)?;
-                let size = index.facts().layout.size;
-                let is_new = file.metadata().map_err(io)?.len() != size;
-                if is_new {
-                    store.remove_map(serial)?;
-                    file.set_len(size).map_err(io)?;
-                }
-                let digest = IndexDigest::of(&index.encode());
-                let boot = presence::boot_id().map_err(io)?;
-                let map = store.open_map(serial)?;
-                let (presence, earlier) =
-                    Presence::open(&map, digest.as_bytes(), index.chunks().len(), boot).map_err(io)?;
-                (file, Some(presence), if is_new { Earlier::Believed } else { earlier })
-            }
-        };
-        let (memory, full) = (Mutex::default(), AtomicBool::new(false));
-        let (next, moved) = (Mutex::new(0..0), Notify::new());
-        let progress = FillProgress::default();
-        let file = Arc::new(file);
+        let size = index.facts().layout.size;
+        let is_new = file.metadata().map_err(io)?.len() != size;
+        if is_new {
+            store.remove_map(serial)?;
+            file.set_len(size).map_err(io)?;
+        }
+        let digest = IndexDigest::of(&index.encode());
+        let boot = presence::boot_id().map_err(io)?;
+        let map = store.open_map(serial)?;
+        let (presence, earlier) =
+            Presence::open(&map, digest.as_bytes(), index.chunks().len(), boot).map_err(io)?;
+        let earlier = if is_new { Earlier::Believed } else { earlier };
+        Ok(Cold::with(serial, index, means, file, Some((presence, earlier))))
+    }
+
+    fn with(
+        serial: u64,
+        index: Arc<LayerIndex>,
+        means: Means,
+        file: File,
+        presence: Option<(Presence, Earlier)>,
+    ) -> Cold {
+        let Means { supply, gate, allowance } = means;
+        let (presence, earlier) =
+            presence.map_or((None, Earlier::Believed), |(map, earlier)| (Some(map), earlier));
+        let chunks = index.chunks().len();
+        let data = 1..index.metadata_places().nth(1).unwrap_or(chunks).max(1);
+        let seen = (0..chunks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         let cold = Cold {
             serial,
             index,
-            file,
-            path,
+            file: Arc::new(file),
+            path: supply.layers.image(serial),
             presence,
             earlier,
-            memory,
-            next,
-            moved,
+            memory: Mutex::default(),
+            next: Mutex::new(0..0),
+            moved: Notify::new(),
             supply,
             gate,
-            full,
-            progress,
+            full: AtomicBool::new(false),
+            allowance,
+            reading: RwLock::new(()),
+            seen,
+            last_read: AtomicU64::new(clock()),
+            data,
+            hand: AtomicUsize::new(0),
+            holds: AtomicUsize::new(0),
+            distrusted: AtomicBool::new(false),
+            progress: FillProgress::default(),
         };
-        let kept = (0..cold.index.chunks().len()).filter(|at| cold.has(*at));
+        let kept = (0..chunks).filter(|at| cold.has(*at));
         let kept: u64 = kept.map(|at| u64::from(cold.index.chunk(at).1.length)).sum();
         cold.progress.kept.store(kept, Ordering::Relaxed);
-        Ok(cold)
+        cold
     }
 
     /// Its serial.
@@ -151,12 +203,32 @@ impl Cold {
     }
 
     fn has(&self, at: usize) -> bool {
-        self.presence.as_ref().is_none_or(|presence| presence.has(at))
+        !self.is_distrusted() && self.presence.as_ref().is_none_or(|presence| presence.has(at))
+    }
+
+    /// Nobody knows any more what its file holds: an fsync failed. Nothing is read from it from now on, nor written to it.
+    pub fn distrust(&self) {
+        self.distrusted.store(true, Ordering::Release);
+        if let Some(presence) = &self.presence {
+            (0..presence.chunks()).for_each(|at| presence.clear(at));
+        }
+    }
+
+    /// Whether that has happened.
+    pub fn is_distrusted(&self) -> bool {
+        self.distrusted.load(Ordering::Acquire)
+    }
+
+    /// How many bytes are not here.
+    pub fn missing(&self) -> u64 {
+        let missing = (0..self.index.chunks().len()).filter(|at| !self.has(*at));
+        missing.map(|at| u64::from(self.index.chunk(at).1.length)).sum()
     }
 
     /// The bytes of a range if nothing of it need be fetched. Blocking.
     pub fn read_now(&self, range: Range<u64>) -> Option<Vec<Bytes>> {
         let chunks = self.index.covering(&range);
+        self.mark_read(chunks.clone());
         let memory = self.memory.lock();
         let mut held = HashMap::new();
         for at in chunks {
@@ -165,7 +237,7 @@ impl Cold {
             }
         }
         drop(memory);
-        self.assemble(&range, &held).ok()
+        self.assemble(&range, &held).ok().flatten()
     }
 
     /// The bytes of a range, wherever they are now.
@@ -173,23 +245,38 @@ impl Cold {
         let chunks = self.index.covering(&range);
         let demand = self.gate.demand(self.serial);
         self.follow(&chunks);
-        let until = Instant::now() + DEADLINE;
-        let wanted = chunks.clone().map(|at| async move {
-            let bytes = self.chunk_until(at, until).await?;
-            Ok::<_, LayerError>(bytes.map(|bytes| (at, bytes)))
-        });
-        let wanted = future::try_join_all(wanted);
+        self.mark_read(chunks.clone());
         let began = Instant::now();
-        let held: HashMap<usize, Bytes> = wanted.await?.into_iter().flatten().collect();
-        drop(demand);
-        tracing::debug!(serial = self.serial, ?range, ?chunks, waited = ?began.elapsed(), "a read waited");
-        // What is in the file was written a moment ago, or is read ahead: not worth another thread.
-        self.assemble(&range, &held).map_err(|error| LayerError::at(&self.path, error))
+        let until = began + DEADLINE;
+        let mut held: HashMap<usize, Bytes> = HashMap::new();
+        loop {
+            let wanted = chunks.clone().filter(|at| !held.contains_key(at)).map(|at| async move {
+                let bytes = self.chunk_until(at, until).await?;
+                Ok::<_, LayerError>(bytes.map(|bytes| (at, bytes)))
+            });
+            let got = future::try_join_all(wanted).await?;
+            held.extend(got.into_iter().flatten());
+            // What is in the file was written a moment ago, or is read ahead: not worth another thread.
+            let assembled = self.assemble(&range, &held).map_err(|error| LayerError::at(&self.path, error))?;
+            if let Some(pieces) = assembled {
+                drop(demand);
+                tracing::debug!(serial = self.serial, ?range, ?chunks, waited = ?began.elapsed(), "a read waited");
+                return Ok(pieces);
+            }
+        }
     }
 
-    /// Puts a range together from the file and from what is not in it yet. Between the chunks the file is a hole, which reads
-    /// as the zeros that are meant.
-    fn assemble(&self, range: &Range<u64>, held: &HashMap<usize, Bytes>) -> std::io::Result<Vec<Bytes>> {
+    /// Puts a range together from the file and from what is not in it yet; `None` if a chunk was given up meanwhile. Between the
+    /// chunks the file is a hole, which reads as the zeros that are meant.
+    fn assemble(
+        &self,
+        range: &Range<u64>,
+        held: &HashMap<usize, Bytes>,
+    ) -> std::io::Result<Option<Vec<Bytes>>> {
+        let _nothing_is_given_up = self.reading.read();
+        if !self.index.covering(range).all(|at| held.contains_key(&at) || self.has(at)) {
+            return Ok(None);
+        }
         let mut pieces = Vec::new();
         let mut done = range.start;
         for at in self.index.covering(range) {
@@ -203,7 +290,7 @@ impl Cold {
             done = end;
         }
         self.read_file(done..range.end, &mut pieces)?;
-        Ok(pieces)
+        Ok(Some(pieces))
     }
 
     fn read_file(&self, range: Range<u64>, pieces: &mut Vec<Bytes>) -> std::io::Result<()> {
@@ -253,8 +340,7 @@ impl Cold {
             return Ok((Some(bytes.clone()), None));
         }
         let (offset, chunk) = self.index.chunk(at);
-        if self.earlier == Earlier::Doubted && self.is_in_file(offset, chunk).await {
-            self.count(at, &self.progress.kept);
+        if self.earlier == Earlier::Doubted && self.is_in_file(at, offset, chunk).await {
             return Ok((None, None));
         }
         let room = self.gate.room(chunk.length, urgency).await;
@@ -263,19 +349,26 @@ impl Cold {
         Ok((Some(bytes.clone()), self.keep(at, (bytes, supplier), room)))
     }
 
-    async fn is_in_file(&self, offset: u64, chunk: ChunkRef) -> bool {
-        let file = Arc::clone(&self.file);
+    /// Whether the file has the right bytes of a chunk after all; it is present then.
+    async fn is_in_file(self: &Arc<Self>, at: usize, offset: u64, chunk: ChunkRef) -> bool {
+        let this = Arc::clone(self);
         let hash = move || {
+            let _nothing_is_given_up = this.reading.read();
             let mut bytes = vec![0; usize::try_from(chunk.length).unwrap_or(0)];
-            file.read_exact_at(&mut bytes, offset)?;
-            Ok::<_, std::io::Error>(ChunkId::of(&bytes) == chunk.id)
+            this.file.read_exact_at(&mut bytes, offset)?;
+            let is_it = !this.is_distrusted() && ChunkId::of(&bytes) == chunk.id;
+            if is_it {
+                this.count(at, &this.progress.kept);
+            }
+            Ok::<_, std::io::Error>(is_it)
         };
         blocking(hash).await.unwrap_or(false)
     }
 
     /// The chunk is in the file now.
-    fn count(&self, at: usize, counter: &std::sync::atomic::AtomicU64) {
-        if self.presence.as_ref().is_some_and(|presence| presence.set(at)) {
+    fn count(&self, at: usize, counter: &AtomicU64) {
+        let trusted = self.presence.as_ref().filter(|_| !self.is_distrusted());
+        if trusted.is_some_and(|presence| presence.set(at)) {
             counter.fetch_add(u64::from(self.index.chunk(at).1.length), Ordering::Relaxed);
         }
     }
@@ -297,7 +390,7 @@ impl Cold {
         }
         let this = Arc::clone(self);
         Some(tokio::task::spawn_blocking(move || {
-            let written = this.file.write_all_at(&bytes, offset);
+            let written = this.write(&bytes, offset);
             match &written {
                 Ok(()) => {
                     let counter = match supplier {
@@ -306,6 +399,8 @@ impl Cold {
                     };
                     this.count(at, counter);
                 }
+                // Over the allowance, most probably.
+                Err(error) if error.kind() == std::io::ErrorKind::QuotaExceeded => {}
                 Err(error) if !this.full.swap(true, Ordering::AcqRel) => {
                     tracing::error!(serial = this.serial, %error, "a layer cannot be kept; it is read from the store as it is wanted");
                 }
@@ -317,8 +412,25 @@ impl Cold {
         }))
     }
 
+    /// Writes a checked chunk, if it may.
+    fn write(&self, bytes: &Bytes, offset: u64) -> std::io::Result<()> {
+        let length = bytes.len() as u64;
+        if self.is_distrusted() {
+            return Err(std::io::Error::other("an fsync of it failed"));
+        }
+        if self.is_held() {
+            self.allowance.add(length);
+        } else if !self.allowance.take(length) {
+            return Err(std::io::ErrorKind::QuotaExceeded.into());
+        }
+        let written = self.file.write_all_at(bytes, offset);
+        self.allowance.landed(length, written.is_ok());
+        written
+    }
+
     /// Makes these chunks present, because somebody waits for all of them; returns when they are in the file. Not synced.
     pub async fn fetch(self: &Arc<Self>, chunks: impl IntoIterator<Item = usize>) -> Result<(), LayerError> {
+        let _all_is_kept = self.hold();
         let missing: Vec<usize> = chunks.into_iter().filter(|at| !self.has(*at)).collect();
         futures::stream::iter(missing)
             // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
@@ -330,6 +442,7 @@ impl Cold {
 
     /// Makes all chunks present, those behind what was read last first; returns when they are in the file. Not synced.
     pub async fn fill(self: &Arc<Self>) -> Result<(), LayerError> {
+        let _all_is_kept = self.hold();
         let claims = Claims { claimed: Mutex::new(HashSet::new()), from: AtomicUsize::new(0) };
         let worker = |_| async {
             loop {
@@ -431,6 +544,12 @@ struct Claims {
     claimed: Mutex<HashSet<usize>>,
     /// Before this one everything is here.
     from: AtomicUsize,
+}
+
+/// Milliseconds since this process asked first.
+fn clock() -> u64 {
+    static BEGAN: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
+    u64::try_from(BEGAN.get_or_init(std::time::Instant::now).elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
 type Writing = tokio::task::JoinHandle<Result<(), LayerError>>;

@@ -27,9 +27,9 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::LayerError;
-use super::cold::Cold;
+use super::allowance::Allowance;
+use super::cold::{Cold, Means};
 use super::fill::Supply;
-use super::gate::Gate;
 use super::presence::Presence;
 use super::work::Work;
 use crate::content::index::{IndexDigest, LayerIndex, Limits};
@@ -68,8 +68,7 @@ impl Kept {
 /// The layer images that are not wholly here.
 #[derive(Debug)]
 pub struct ColdLayers {
-    supply: Supply,
-    gate: Arc<Gate>,
+    means: Means,
     work: Arc<Work>,
     open: Mutex<HashMap<u64, Arc<Cold>>>,
 }
@@ -77,12 +76,25 @@ pub struct ColdLayers {
 impl ColdLayers {
     /// None is open yet.
     pub fn new(supply: Supply) -> ColdLayers {
-        ColdLayers { supply, gate: Arc::default(), work: Arc::default(), open: Mutex::default() }
+        let allowance = Arc::new(Allowance::new(None));
+        let means = Means { supply, gate: Arc::default(), allowance };
+        ColdLayers { means, work: Arc::default(), open: Mutex::default() }
+    }
+
+    /// The same with so much room.
+    pub fn with_allowance(mut self, allowance: Allowance) -> ColdLayers {
+        self.means.allowance = Arc::new(allowance);
+        self
+    }
+
+    /// What they may take.
+    pub fn allowance(&self) -> &Arc<Allowance> {
+        &self.means.allowance
     }
 
     /// What chunks are had from.
     pub fn supply(&self) -> &Supply {
-        &self.supply
+        &self.means.supply
     }
 
     /// The layer image of this serial with this index, opened if it is not. Blocking.
@@ -95,10 +107,29 @@ impl ColdLayers {
         if let Some(cold) = open.get(&serial) {
             return Ok(Arc::clone(cold));
         }
-        let index = index().ok_or_else(|| LayerError::Missing(self.supply.layers.image(serial)))?;
-        let cold = Arc::new(Cold::open(serial, index, self.supply.clone(), Arc::clone(&self.gate))?);
+        let index = index().ok_or_else(|| LayerError::Missing(self.means.supply.layers.image(serial)))?;
+        let cold = self.open_new(serial, index)?;
         open.insert(serial, Arc::clone(&cold));
         Ok(cold)
+    }
+
+    fn open_new(&self, serial: u64, index: Arc<LayerIndex>) -> Result<Arc<Cold>, LayerError> {
+        let cold = Arc::new(Cold::open(serial, index, self.means.clone())?);
+        self.means.allowance.register(&cold);
+        Ok(cold)
+    }
+
+    /// Another beginning of the layer image of this serial, with nothing in it, in a file of its own beside the complete one.
+    /// Nobody reads it before [`ColdLayers::put`]. Blocking.
+    pub fn begin_beside(&self, serial: u64, index: Arc<LayerIndex>) -> Result<Arc<Cold>, LayerError> {
+        let cold = Arc::new(Cold::begin(serial, index, self.means.clone())?);
+        self.means.allowance.register(&cold);
+        Ok(cold)
+    }
+
+    /// From now on this is what is read of its serial.
+    pub fn put(&self, cold: &Arc<Cold>) {
+        self.open.lock().insert(cold.serial(), Arc::clone(cold));
     }
 
     /// The tasks that fetch, and reads under way.
@@ -118,7 +149,7 @@ impl ColdLayers {
 
     /// By what lies beside it on the disk, which the map vouches for.
     fn by_files(&self, serial: u64) -> Option<Arc<Cold>> {
-        let store = &self.supply.layers;
+        let store = &self.means.supply.layers;
         let opened = self.open(serial, || {
             let bytes = store.read_index(serial)?;
             let digest = *IndexDigest::of(&bytes).as_bytes();
