@@ -231,6 +231,22 @@ pub(super) const KEYS: &[Key] = &[
         show: |config| json!(config.layers.keep_free),
     },
     Key {
+        name: "layers.limit",
+        accepted: "\"\" for none, or a size from \"16MiB\" to \"4096TiB\"",
+        set: |config, given| match given.text()? {
+            text if text.is_empty() => {
+                config.layers.limit = ByteSize::from_mib(0);
+                Ok(())
+            }
+            text => size_from(ByteSize::from_mib(16), ByteSize::from_gib(4096 << 10), &text)
+                .map(|size| config.layers.limit = size),
+        },
+        show: |config| match config.layers.limit.bytes() {
+            0 => json!(""),
+            _ => json!(config.layers.limit),
+        },
+    },
+    Key {
         name: "limits.size",
         accepted: "a size from \"1MiB\" to \"4TiB\"",
         set: |config, given| {
@@ -273,6 +289,33 @@ pub(super) const KEYS: &[Key] = &[
             LazyMode::parse(&given.text()?).map(|lazy| config.fetch.lazy = lazy).map_err(value)
         },
         show: |config| json!(config.fetch.lazy),
+    },
+    Key {
+        name: "scrub.rate",
+        accepted: "\"0\" for off, or a size from \"64KiB\" to \"16GiB\", each second",
+        set: |config, given| match given.text()? {
+            text if text == "0" => {
+                config.scrub.rate = ByteSize::from_mib(0);
+                Ok(())
+            }
+            text => size_from(ByteSize::from_kib(64), ByteSize::from_gib(16), &text)
+                .map(|size| config.scrub.rate = size),
+        },
+        show: |config| json!(config.scrub.rate),
+    },
+    Key {
+        name: "scrub.every",
+        accepted: "a time from \"1s\" to \"8760h\", such as \"24h\"",
+        set: |config, given| match Timespan::parse(&given.text()?).map_err(value)? {
+            every if every < Timespan::from_secs(1) || every > Timespan::from_secs(8760 * 3600) => {
+                Err(value(format!("{every} is out of range")))
+            }
+            every => {
+                config.scrub.every = every;
+                Ok(())
+            }
+        },
+        show: |config| json!(config.scrub.every),
     },
     Key {
         name: "publish.policy",

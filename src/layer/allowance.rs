@@ -81,8 +81,7 @@ impl Allowance {
 
     /// The files took so many bytes. What was taken since `before` counts on top of it.
     pub fn correct(&self, before: Estimate, measured: u64) {
-        let corrected = |used: u64| Some((used + measured + before.flying).saturating_sub(before.used));
-        drop(self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, corrected));
+        self.change(|used| (used + measured + before.flying).saturating_sub(before.used));
     }
 
     pub(super) fn register(&self, cold: &Arc<Cold>) {
@@ -138,8 +137,11 @@ impl Allowance {
 
     /// So many bytes less are used.
     pub fn give(&self, bytes: u64) {
-        let less = |used: u64| Some(used.saturating_sub(bytes));
-        drop(self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, less));
+        self.change(|used| used.saturating_sub(bytes));
+    }
+
+    fn change(&self, change: impl Fn(u64) -> u64) {
+        self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| Some(change(used))).ok();
     }
 
     /// Gives chunks up until so many bytes are free, those of the layer that was read longest ago first; how many it were. Blocking.
