@@ -256,8 +256,12 @@ fn explain_text(what: &str, layers: &[LayerExplained]) -> String {
                 };
                 let (size, how) = (bytes(image.bytes), attached(image));
                 let (state, percent) = (&image.state, image.percent);
-                write!(text, "{kind} {}, {size}, {state}, {percent} %, attached: {how}; {from}", image.serial)
-                    .expect("writing to a string does not fail");
+                write!(
+                    text,
+                    "{kind} {}, {size}, {state}, {percent} %, attached: {how}; {from}",
+                    image.serial
+                )
+                .expect("writing to a string does not fail");
                 if image.evicted > 0 {
                     write!(text, "; {} were given up for want of room", bytes(image.evicted))
                         .expect("writing to a string does not fail");

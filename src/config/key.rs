@@ -232,19 +232,12 @@ pub(super) const KEYS: &[Key] = &[
     },
     Key {
         name: "layers.limit",
-        accepted: "\"\" for none, or a size from \"16MiB\" to \"4096TiB\"",
-        set: |config, given| match given.text()? {
-            text if text.is_empty() => {
-                config.layers.limit = ByteSize::from_mib(0);
-                Ok(())
-            }
-            text => size_from(ByteSize::from_mib(16), ByteSize::from_gib(4096 << 10), &text)
-                .map(|size| config.layers.limit = size),
+        accepted: "\"0\" for none, or a size from \"16MiB\" to \"4096TiB\"",
+        set: |config, given| {
+            let limit = size_or_none(ByteSize::from_mib(16), ByteSize::from_gib(4096 << 10), &given.text()?);
+            limit.map(|limit| config.layers.limit = limit)
         },
-        show: |config| match config.layers.limit.bytes() {
-            0 => json!(""),
-            _ => json!(config.layers.limit),
-        },
+        show: |config| json!(config.layers.limit),
     },
     Key {
         name: "limits.size",
@@ -293,13 +286,9 @@ pub(super) const KEYS: &[Key] = &[
     Key {
         name: "scrub.rate",
         accepted: "\"0\" for off, or a size from \"64KiB\" to \"16GiB\", each second",
-        set: |config, given| match given.text()? {
-            text if text == "0" => {
-                config.scrub.rate = ByteSize::from_mib(0);
-                Ok(())
-            }
-            text => size_from(ByteSize::from_kib(64), ByteSize::from_gib(16), &text)
-                .map(|size| config.scrub.rate = size),
+        set: |config, given| {
+            let rate = size_or_none(ByteSize::from_kib(64), ByteSize::from_gib(16), &given.text()?);
+            rate.map(|rate| config.scrub.rate = rate)
         },
         show: |config| json!(config.scrub.rate),
     },
@@ -446,6 +435,10 @@ fn time_limit(text: &str) -> Result<Timespan, Problem> {
         return Err(value(format!("{limit} is out of range")));
     }
     Ok(limit)
+}
+
+fn size_or_none(least: ByteSize, most: ByteSize, text: &str) -> Result<ByteSize, Problem> {
+    if text == "0" { Ok(ByteSize::from_mib(0)) } else { size_from(least, most, text) }
 }
 
 fn size_from(least: ByteSize, most: ByteSize, text: &str) -> Result<ByteSize, Problem> {

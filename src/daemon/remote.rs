@@ -80,8 +80,7 @@ pub(super) fn compose(
     };
     let (content, objects) = content.unzip();
     let lazy = keeping.as_ref().map(|keeping| Arc::clone(&keeping.lazy));
-    let upkeep =
-        Upkeep { scrub_rate: config.scrub.rate.bytes(), scrub_every: config.scrub.every.duration() };
+    let upkeep = Upkeep { scrub_rate: config.scrub.rate.bytes(), scrub_every: config.scrub.every.duration() };
     let layers = Layers::new(Arc::clone(meta), files, cold, lazy).with_upkeep(upkeep);
     let layers = can_mount.then(|| Arc::new(layers));
     let publisher = match (&layers, &content, config.publish.policy) {

@@ -40,8 +40,8 @@ pub mod presence;
 mod trial;
 pub mod work;
 
-use crate::sys::{decimal, lease};
 use crate::sys::space::{self, Space};
+use crate::sys::{decimal, lease};
 use attach::Attacher;
 
 /// How the name of a file ends that is of use to nobody once its maker is gone.

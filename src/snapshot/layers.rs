@@ -155,7 +155,9 @@ enum FillError {
     NoStore,
     #[error("its layer index is not known")]
     NoIndex,
-    #[error("the disk does not keep it, it is read from the store and never natively until speedy is started again: {0}")]
+    #[error(
+        "the disk does not keep it, it is read from the store and never natively until speedy is started again: {0}"
+    )]
     Sync(#[source] LayerError),
 }
 
@@ -343,8 +345,7 @@ impl Layers {
     /// Whether all bytes are here, durable or not.
     fn is_whole(&self, serial: u64) -> bool {
         let usable = |fill: &Arc<Fill>| matches!(*fill.state.borrow(), State::Usable);
-        self.is_complete(serial)
-            || self.fills.lock().get(&serial).is_some_and(usable)
+        self.is_complete(serial) || self.fills.lock().get(&serial).is_some_and(usable)
     }
 
     /// Whether it can be read although it is not here: its data is known not to be out of reach.

@@ -37,8 +37,8 @@ mod tests {
         std::fs::write(&path, "x").unwrap();
         let file = File::open(&path).unwrap();
         assert!(is_alone(&file).unwrap());
-        for other in [File::open(&path), File::options().write(true).open(&path)] {
-            let other = other.unwrap();
+        for writes in [false, true] {
+            let other = File::options().read(!writes).write(writes).open(&path).unwrap();
             assert!(!is_alone(&file).unwrap());
             drop(other);
             assert!(is_alone(&file).unwrap());

@@ -188,10 +188,16 @@ impl Page<'_> {
 
     fn disk(&mut self, layers: &LayerLevels) -> fmt::Result {
         let bytes = Some(Unit::Bytes);
-        self.gauge("layers_limit", "What layer images may take, 0 for no limit", bytes.as_ref(), layers.limit)?;
+        self.gauge(
+            "layers_limit",
+            "What layer images may take, 0 for no limit",
+            bytes.as_ref(),
+            layers.limit,
+        )?;
         let punched = "Given up of layer images that are not all here, for want of room";
         self.counter("punched", punched, bytes.as_ref(), layers.punched)?;
-        let demotions = "Complete layer images made incomplete, for want of room or because they were damaged";
+        let demotions =
+            "Complete layer images made incomplete, for want of room or because they were damaged";
         self.counter("demotions", demotions, None, layers.demotions)?;
         let scrubbed = "Read again of complete layer images and checked";
         self.counter("scrubbed", scrubbed, bytes.as_ref(), layers.scrubbed)?;

@@ -9,6 +9,7 @@ mod attach;
 #[path = "../cold/mod.rs"]
 mod cold;
 mod crash;
+mod disk;
 mod extract;
 mod image;
 mod keeper;

@@ -11,7 +11,15 @@ use crate::sys::extent;
 
 /// Nothing of the layer image is given up as long as this lives.
 #[derive(Debug)]
+#[must_use]
 pub struct Hold<'a>(&'a Cold);
+
+impl Hold<'_> {
+    /// The same for as long as the layer image is open: something else than it may read its file.
+    pub fn for_good(self) {
+        std::mem::forget(self);
+    }
+}
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
@@ -22,13 +30,10 @@ impl Drop for Hold<'_> {
 impl Cold {
     /// Whatever is fetched meanwhile is kept, and nothing is given up.
     pub fn hold(&self) -> Hold<'_> {
+        // Nothing is being given up now.
+        let _nothing_is_given_up = self.reading.read();
         self.holds.fetch_add(1, Ordering::AcqRel);
         Hold(self)
-    }
-
-    /// The same for as long as this is open: something else than this may read its file.
-    pub fn hold_for_good(&self) {
-        std::mem::forget(self.hold());
     }
 
     pub(super) fn is_held(&self) -> bool {
@@ -80,7 +85,7 @@ impl Cold {
         let length = u64::from(chunk.length);
         let punched = {
             let _nobody_reads = self.reading.write();
-            if !presence.has(at) {
+            if !presence.has(at) || self.is_held() {
                 return 0;
             }
             presence.clear(at);
@@ -93,7 +98,10 @@ impl Cold {
                 length
             }
             Ok(false) => {
-                tracing::warn!(serial = self.serial, "this file system punches no holes: chunks are not given up");
+                tracing::warn!(
+                    serial = self.serial,
+                    "this file system punches no holes: chunks are not given up"
+                );
                 0
             }
             Err(error) => {

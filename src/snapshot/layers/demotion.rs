@@ -34,12 +34,17 @@ const LET_GO: (u32, Duration) = (20, Duration::from_millis(10));
 impl Layers {
     /// Whether the store has it, so that it can be fetched again, and is read through us meanwhile.
     pub(super) fn can_be_fetched_again(&self, layer: &LayerRecord) -> bool {
-        let is_there = layer.index.is_some() && (layer.origin == Origin::Fetched || layer.published.is_some());
+        let is_there =
+            layer.index.is_some() && (layer.origin == Origin::Fetched || layer.published.is_some());
         let serial = layer.id.serial;
         is_there
             && self.cold.is_some()
             && self.lazy.as_ref().is_some_and(|lazy| !lazy.has_ended())
-            && !self.meta.publish_queue().iter().any(|entry| entry.layer == Some(serial) && entry.dropped.is_none())
+            && !self
+                .meta
+                .publish_queue()
+                .iter()
+                .any(|entry| entry.layer == Some(serial) && entry.dropped.is_none())
     }
 
     /// Whether a complete layer image is to be attached so that it can be demoted while it is in use: as soon as half of what there
@@ -173,7 +178,8 @@ impl Layers {
             return Ok(());
         };
         if !self.can_be_fetched_again(&layer) {
-            let problem = format!("{} of its chunks are damaged on the disk and nobody else has them", damaged.len());
+            let problem =
+                format!("{} of its chunks are damaged on the disk and nobody else has them", damaged.len());
             tracing::error!(serial, diff_id = %layer.facts.diff_id, problem, "remove the image and pull it again");
             self.disk.damaged.lock().insert(serial, problem);
             return Ok(());
@@ -183,7 +189,8 @@ impl Layers {
         let is_attached = self.attached.lock().contains_key(&serial);
         if is_attached && device.is_none() {
             tracing::error!(
-                serial, chunks = damaged.len(),
+                serial,
+                chunks = damaged.len(),
                 "a damaged layer is mounted from its file and cannot be switched: containers may read wrong bytes until it is repaired"
             );
         }
@@ -219,8 +226,7 @@ impl Layers {
         let digest = IndexDigest::of(&encoded);
         let boot = presence::boot_id().map_err(io)?;
         let map = store.open_map(serial)?;
-        let (map, _) =
-            Presence::open(&map, digest.as_bytes(), index.chunks().len(), boot).map_err(io)?;
+        let (map, _) = Presence::open(&map, digest.as_bytes(), index.chunks().len(), boot).map_err(io)?;
         for at in (0..index.chunks().len()).filter(|at| !damaged.contains(at)) {
             map.set(at);
         }
@@ -228,7 +234,7 @@ impl Layers {
         layers.close(serial);
         let cold = layers.open(serial, || Some(Arc::clone(index)))?;
         // A mount of the file itself may be in use.
-        cold.hold_for_good();
+        cold.hold().for_good();
         Ok(())
     }
 
@@ -236,7 +242,11 @@ impl Layers {
     pub(super) fn was_repaired(&self, serial: u64) {
         if let Some(chunks) = self.disk.doubted.lock().remove(&serial) {
             self.disk.repaired.fetch_add(chunks, Ordering::Relaxed);
-            tracing::warn!(serial, chunks, "damaged chunks of a layer were fetched again; all of it is verified");
+            tracing::warn!(
+                serial,
+                chunks,
+                "damaged chunks of a layer were fetched again; all of it is verified"
+            );
         }
     }
 }

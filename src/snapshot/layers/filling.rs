@@ -88,6 +88,8 @@ impl Layers {
                 cold.expect_readers();
             }
             let _promise = self.wait_for_room(&cold).await;
+            // Until its file has its name, and from then on: what is punched after it was verified is zeros below a native mount.
+            let held = cold.hold();
             cold.fill().await?;
             // Checked bytes in the page cache are as good as any for a container that starts now: only the record, which says that
             // nothing need be hashed after a crash, waits for the disk.
@@ -96,6 +98,7 @@ impl Layers {
             cold.verify().await?;
             let (store, file) = (Arc::clone(&self.store), Arc::clone(cold.file()));
             blocking(move || store.complete(serial, &file)).await?;
+            held.for_good();
         }
         self.store.remove_part(serial)?;
         self.share(serial, cold.index());

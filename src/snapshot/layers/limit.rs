@@ -142,14 +142,19 @@ impl Layers {
             over = over.saturating_sub(self.try_demote(*serial).await);
         }
         if over > 0 {
-            tracing::warn!(bytes = over, "layer images take more than their limit: what is left cannot be given up");
+            tracing::warn!(
+                bytes = over,
+                "layer images take more than their limit: what is left cannot be given up"
+            );
         }
         Ok(())
     }
 
     /// How many bytes more than the limit are used.
     async fn measure(self: &Arc<Self>) -> Result<u64, SnapshotError> {
-        let Some(allowance) = self.cold.as_ref().map(|cold| Arc::clone(cold.allowance())) else { return Ok(0) };
+        let Some(allowance) = self.cold.as_ref().map(|cold| Arc::clone(cold.allowance())) else {
+            return Ok(0);
+        };
         let this = Arc::clone(self);
         blocking(move || {
             let before = allowance.estimate();
@@ -183,10 +188,11 @@ impl Layers {
     async fn coldest(self: &Arc<Self>) -> Result<Vec<(u64, bool)>, SnapshotError> {
         let store = Arc::clone(&self.store);
         let devices = blocking(move || {
-            let with_reads = |(serial, device): (u64, PathBuf)| {
-                loopdev::reads(&device).map(|reads| (serial, reads)).ok()
-            };
-            Ok::<_, LayerError>(store.devices()?.into_iter().filter_map(with_reads).collect::<HashMap<_, _>>())
+            let with_reads =
+                |(serial, device): (u64, PathBuf)| loopdev::reads(&device).map(|reads| (serial, reads)).ok();
+            Ok::<_, LayerError>(
+                store.devices()?.into_iter().filter_map(with_reads).collect::<HashMap<_, _>>(),
+            )
         })
         .await?;
         let mut seen = self.disk.reads.lock();

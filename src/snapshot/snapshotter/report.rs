@@ -8,7 +8,9 @@ use crate::oci::ChainId;
 use crate::snapshot::hit::Hits;
 use crate::snapshot::layers::FillCounts;
 use crate::snapshot::metastore::{Own, Record};
-use crate::snapshot::report::{LayerExplained, DiskCounts, LayerNumbers, LayerReport, PublishState, SnapshotNumbers};
+use crate::snapshot::report::{
+    DiskCounts, LayerExplained, LayerNumbers, LayerReport, PublishState, SnapshotNumbers,
+};
 use crate::snapshot::{Key, SnapshotError};
 use crate::snapshot::{publish, remote};
 
