@@ -14,7 +14,9 @@
 //! is async.
 //!
 //! **Invariants.**
-//! * A `.erofs` file is whole and durable, and is never written to again.
+//! * A `.erofs` file is whole and durable, and is not written to as long as it has that name: one that the disk has changed becomes a
+//!   `.part` again. A `.part` beside a `.erofs` is another file, with which the layer begins anew to have room.
+//! * A file that was below a mount is never punched.
 //! * **L1** A layer that is attached from its `.erofs` file needs neither this process nor the network.
 //!
 //! **When it fails.** What a crash leaves is a `.part` file (filled on from where it was: each chunk in it is hashed, not

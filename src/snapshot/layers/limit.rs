@@ -25,7 +25,7 @@ const LOOK: (Duration, Duration) = (Duration::from_secs(10), Duration::from_mill
 /// What was not read for so long is given up for what is read now.
 const IDLE: Duration = Duration::from_secs(10);
 /// How long what could not be given up is left alone.
-const REFUSED: Duration = Duration::from_secs(60);
+const REFUSED: Duration = Duration::from_secs(20);
 /// How often a fill looks whether there is room.
 const WAIT: Duration = Duration::from_secs(2);
 /// What is missing of a layer that is filled without asking.
