@@ -80,6 +80,8 @@ pub struct Config {
     pub limits: LimitsConfig,
     /// Taking layers from the store.
     pub fetch: FetchConfig,
+    /// Checking what is here.
+    pub scrub: ScrubConfig,
     /// Putting layers on the store.
     pub publish: PublishConfig,
     /// Whose layers are taken.
@@ -120,6 +122,8 @@ pub struct LayersConfig {
     pub budget: ByteSize,
     /// The share of the root's file system below which unused layer images are removed.
     pub keep_free: Percent,
+    /// What all layer images may take, those in use included; 0 for no limit.
+    pub limit: ByteSize,
 }
 
 /// What a layer may have at most, so that a hostile one does not fill a node's disk or memory.
@@ -142,6 +146,15 @@ pub struct FetchConfig {
     pub lazy: LazyMode,
     /// Whether starts are recorded, and what they read is fetched first.
     pub traces: TraceMode,
+}
+
+/// Checking what is here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ScrubConfig {
+    /// How much of the layer images is read again each second; 0 for nothing.
+    pub rate: ByteSize,
+    /// How long one that was checked is left alone.
+    pub every: Timespan,
 }
 
 /// Putting layers on the store.
@@ -177,6 +190,7 @@ impl Default for Config {
                 share: LayerSharing::Isolated,
                 budget: ByteSize::from_gib(20),
                 keep_free: Percent::new(20),
+                limit: ByteSize::from_mib(0),
             },
             limits: LimitsConfig {
                 size: ByteSize::from_gib(256),
@@ -188,6 +202,7 @@ impl Default for Config {
                 lazy: LazyMode::Auto,
                 traces: TraceMode::Auto,
             },
+            scrub: ScrubConfig { rate: ByteSize::from_mib(8), every: Timespan::from_secs(7 * 24 * 3600) },
             publish: PublishConfig { policy: PublishPolicy::Auto },
             trust: TrustConfig { mode: TrustMode::Keys, keys: Vec::new() },
         }

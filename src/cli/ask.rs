@@ -19,7 +19,7 @@ use crate::proto::containerd::services::containers::v1::GetContainerRequest;
 use crate::proto::containerd::services::containers::v1::containers_client::ContainersClient;
 use crate::proto::speedy::v1::control_client::ControlClient;
 use crate::proto::speedy::v1::{ExplainRequest, LayersRequest, Report, StatusRequest};
-use crate::snapshot::report::{LayerExplained, LayerReport, StatusReport, TraceState};
+use crate::snapshot::report::{DiskCounts, LayerExplained, LayerReport, StatusReport, TraceState};
 
 /// How often a daemon is asked that is waited for.
 const LOOK: Duration = Duration::from_millis(50);
@@ -185,6 +185,7 @@ fn status_text(status: &StatusReport) -> String {
             layers.lazy
         ),
     );
+    line("disk", disk_text(&layers.disk));
     match &status.store {
         None => line("store", "none".into()),
         Some(store) => {
@@ -224,6 +225,18 @@ fn traces_text(traces: &TraceState) -> String {
     )
 }
 
+fn disk_text(disk: &DiskCounts) -> String {
+    let limit = disk.limit.map_or_else(|| "no limit".to_owned(), |limit| format!("limit {}", bytes(limit)));
+    format!(
+        "{limit}; {} given up and {} layers demoted, {} checked, {} chunks damaged, {} repaired since the start",
+        bytes(disk.given_up),
+        disk.demotions,
+        bytes(disk.scrubbed),
+        disk.damaged,
+        disk.repaired
+    )
+}
+
 fn trust_text(mode: &str, keys: &[String]) -> String {
     match mode {
         "any" => "ANY: layers of everybody who can write to the store are mounted here".into(),
@@ -239,6 +252,7 @@ fn layers_text(layers: &[LayerReport]) -> String {
     for layer in layers {
         let state = match layer.state.as_str() {
             "filling" => format!("{} %", layer.percent),
+            "cold" => format!("cold {} %", layer.percent),
             state => state.to_owned(),
         };
         writeln!(
@@ -284,8 +298,17 @@ fn explain_text(what: &str, layers: &[LayerExplained]) -> String {
                     _ => "made here from the pulled blob".to_owned(),
                 };
                 let (size, how) = (bytes(image.bytes), attached(image));
-                write!(text, "{kind} {}, {size}, {} %, attached: {how}; {from}", image.serial, image.percent)
-                    .expect("writing to a string does not fail");
+                let (state, percent) = (&image.state, image.percent);
+                write!(
+                    text,
+                    "{kind} {}, {size}, {state}, {percent} %, attached: {how}; {from}",
+                    image.serial
+                )
+                .expect("writing to a string does not fail");
+                if image.evicted > 0 {
+                    write!(text, "; {} were given up for want of room", bytes(image.evicted))
+                        .expect("writing to a string does not fail");
+                }
                 if let Some(problem) = &image.problem {
                     write!(text, "; {problem}").expect("writing to a string does not fail");
                 }

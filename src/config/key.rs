@@ -231,6 +231,15 @@ pub(super) const KEYS: &[Key] = &[
         show: |config| json!(config.layers.keep_free),
     },
     Key {
+        name: "layers.limit",
+        accepted: "\"0\" for none, or a size from \"16MiB\" to \"4096TiB\"",
+        set: |config, given| {
+            let limit = size_or_none(ByteSize::from_mib(16), ByteSize::from_gib(4096 << 10), &given.text()?);
+            limit.map(|limit| config.layers.limit = limit)
+        },
+        show: |config| json!(config.layers.limit),
+    },
+    Key {
         name: "limits.size",
         accepted: "a size from \"1MiB\" to \"4TiB\"",
         set: |config, given| {
@@ -281,6 +290,29 @@ pub(super) const KEYS: &[Key] = &[
             TraceMode::parse(&given.text()?).map(|traces| config.fetch.traces = traces).map_err(value)
         },
         show: |config| json!(config.fetch.traces),
+    },
+    Key {
+        name: "scrub.rate",
+        accepted: "\"0\" for off, or a size from \"64KiB\" to \"16GiB\", each second",
+        set: |config, given| {
+            let rate = size_or_none(ByteSize::from_kib(64), ByteSize::from_gib(16), &given.text()?);
+            rate.map(|rate| config.scrub.rate = rate)
+        },
+        show: |config| json!(config.scrub.rate),
+    },
+    Key {
+        name: "scrub.every",
+        accepted: "a time from \"1s\" to \"8760h\", such as \"24h\"",
+        set: |config, given| match Timespan::parse(&given.text()?).map_err(value)? {
+            every if every < Timespan::from_secs(1) || every > Timespan::from_secs(8760 * 3600) => {
+                Err(value(format!("{every} is out of range")))
+            }
+            every => {
+                config.scrub.every = every;
+                Ok(())
+            }
+        },
+        show: |config| json!(config.scrub.every),
     },
     Key {
         name: "publish.policy",
@@ -411,6 +443,10 @@ fn time_limit(text: &str) -> Result<Timespan, Problem> {
         return Err(value(format!("{limit} is out of range")));
     }
     Ok(limit)
+}
+
+fn size_or_none(least: ByteSize, most: ByteSize, text: &str) -> Result<ByteSize, Problem> {
+    if text == "0" { Ok(ByteSize::from_mib(0)) } else { size_from(least, most, text) }
 }
 
 fn size_from(least: ByteSize, most: ByteSize, text: &str) -> Result<ByteSize, Problem> {

@@ -130,12 +130,15 @@ fn every_key_has_a_variable() {
         ("SPEEDY_LAYERS_SHARE", "node"),
         ("SPEEDY_LAYERS_BUDGET", "512MiB"),
         ("SPEEDY_LAYERS_KEEP_FREE", "5%"),
+        ("SPEEDY_LAYERS_LIMIT", "40GiB"),
         ("SPEEDY_LIMITS_SIZE", "1TiB"),
         ("SPEEDY_LIMITS_ENTRIES", "5000"),
         ("SPEEDY_LIMITS_METADATA", "64MiB"),
         ("SPEEDY_FETCH_DEADLINE", "3s"),
         ("SPEEDY_FETCH_LAZY", "off"),
         ("SPEEDY_FETCH_TRACES", "off"),
+        ("SPEEDY_SCRUB_RATE", "0"),
+        ("SPEEDY_SCRUB_EVERY", "24h"),
         ("SPEEDY_PUBLISH_POLICY", "off"),
         ("SPEEDY_TRUST_MODE", "any"),
         ("SPEEDY_TRUST_KEYS", ""),
@@ -147,6 +150,8 @@ fn every_key_has_a_variable() {
     assert!(loaded.config.overlayfs.upperdir_label);
     assert_eq!(loaded.config.layers.share, LayerSharing::Node);
     assert_eq!(loaded.config.limits.entries, 5000);
+    assert_eq!(loaded.config.layers.limit.to_string(), "40GiB");
+    assert_eq!((loaded.config.scrub.rate.bytes(), loaded.config.scrub.every.to_string()), (0, "24h".into()));
     assert_eq!(loaded.config.metrics.unwrap().to_string(), "127.0.0.1:1");
     let empty = with_variables(&[("SPEEDY_OVERLAYFS_MOUNT_OPTIONS", "")]).unwrap();
     assert!(empty.config.overlayfs.mount_options.is_empty());
@@ -289,6 +294,9 @@ fn bad_values_say_why_and_what_is_accepted() {
         ("[layers]\nshare = 'all'", "\"all\" is none of them"),
         ("[layers]\nbudget = '20GB'", "units are KiB, MiB, GiB and TiB"),
         ("[layers]\nkeep_free = '95%'", "0% to 90%"),
+        ("[layers]\nlimit = '15MiB'", "out of range"),
+        ("[scrub]\nrate = '1KiB'", "out of range"),
+        ("[scrub]\nevery = '900ms'", "out of range"),
         ("[limits]\nsize = '1KiB'", "1KiB is out of range"),
         ("[limits]\nentries = 999", "999 is out of range"),
         ("[limits]\nentries = -1", "\"-1\" is not a whole number"),

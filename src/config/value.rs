@@ -154,6 +154,11 @@ impl ByteSize {
         ByteSize(mib << 20)
     }
 
+    /// So many KiB.
+    pub const fn from_kib(kib: u64) -> ByteSize {
+        ByteSize(kib << 10)
+    }
+
     /// In bytes.
     pub const fn bytes(self) -> u64 {
         self.0

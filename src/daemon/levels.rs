@@ -44,9 +44,9 @@ fn layers(snapshotter: &Snapshotter) -> LayerLevels {
     let reports = snapshotter.layer_reports();
     let count = |state: &str| number(reports.iter().filter(|layer| layer.state == state).count());
     let fills = snapshotter.fill_counts();
-    let lazy = snapshotter.lazy_counts();
+    let (lazy, disk) = (snapshotter.lazy_counts(), snapshotter.disk_counts());
     LayerLevels {
-        states: ["complete", "filling", "failed"].map(|state| (state, count(state))).to_vec(),
+        states: ["complete", "filling", "cold", "failed"].map(|state| (state, count(state))).to_vec(),
         unclaimed: number(reports.iter().filter(|layer| layer.snapshots == 0).count()),
         attached: number(reports.iter().filter(|layer| layer.attached).count()),
         lazy: number(reports.iter().filter(|layer| layer.lazy).count()),
@@ -57,6 +57,11 @@ fn layers(snapshotter: &Snapshotter) -> LayerLevels {
         fills: vec![("done", fills.done), ("failed", fills.failed)],
         filled_bytes: vec![("store", fills.fetched), ("node", fills.shared)],
         lookups: snapshotter.lookups(),
+        limit: disk.limit.unwrap_or(0),
+        punched: disk.given_up,
+        demotions: disk.demotions,
+        scrubbed: disk.scrubbed,
+        scrub_chunks: vec![("damaged", disk.damaged), ("repaired", disk.repaired)],
     }
 }
 

@@ -15,11 +15,12 @@ use crate::content::trust::{KEY_FILE, PublicKey, PublisherKey, Trust};
 use crate::content::{self, ContentStore};
 use crate::image::Limits;
 use crate::layer::LayerStore;
+use crate::layer::allowance::Allowance;
 use crate::layer::attach::{AttachError, Attacher, Mode};
 use crate::layer::fill::Supply;
 use crate::layer::lazy::ColdLayers;
 use crate::object::{Objects, Settings, StoreOptions};
-use crate::snapshot::layers::Layers;
+use crate::snapshot::layers::{Layers, Upkeep};
 use crate::snapshot::metastore::MetaStore;
 use crate::snapshot::publish::Publisher;
 use crate::snapshot::report::StoreState;
@@ -56,7 +57,9 @@ pub(super) fn open_store(config: &Config) -> Result<Store, DaemonError> {
     let content = opened.map(|(content, objects)| (Arc::new(content), objects));
     let cold = content.as_ref().map(|(content, _)| {
         let (layers, content) = (Arc::clone(&layers), Arc::clone(content));
-        Arc::new(ColdLayers::new(Supply { layers, local: Arc::default(), content, counts: Arc::default() }))
+        let supply = Supply { layers, local: Arc::default(), content, counts: Arc::default() };
+        let limit = Some(config.layers.limit.bytes()).filter(|limit| *limit > 0);
+        Arc::new(ColdLayers::new(supply).with_allowance(Allowance::new(limit)))
     });
     let keeping = match (&cold, config.fetch.lazy) {
         (Some(cold), LazyMode::Auto) => keeping::open(config, cold).map(Arc::new),
@@ -80,7 +83,9 @@ pub(super) fn compose(
     };
     let (content, objects) = content.unzip();
     let lazy = keeping.as_ref().map(|keeping| Arc::clone(&keeping.lazy));
-    let layers = can_mount.then(|| Arc::new(Layers::new(Arc::clone(meta), files, cold, lazy)));
+    let upkeep = Upkeep { scrub_rate: config.scrub.rate.bytes(), scrub_every: config.scrub.every.duration() };
+    let layers = Layers::new(Arc::clone(meta), files, cold, lazy).with_upkeep(upkeep);
+    let layers = can_mount.then(|| Arc::new(layers));
     let publisher = match (&layers, &content, config.publish.policy) {
         (Some(layers), Some(content), PublishPolicy::Auto) => Some(Arc::new(Publisher::new(
             Arc::clone(meta),

@@ -22,6 +22,7 @@
 //! **When it fails.** [`AttachError::Unsupported`] is the node's, once: no layer images here. [`AttachError::Refused`] and
 //! [`AttachError::NoTree`] are the image's; the attach point is as it was before.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::fs::{DirBuilder, File};
 use std::io;
@@ -226,6 +227,37 @@ impl Attacher {
         if is_fresh(image) { self.way.cached() } else { self.way }
     }
 
+    /// Mounts `image` at `point` through a loop device, whatever the way in use is, so that its file can be exchanged later;
+    /// otherwise like [`Attacher::attach`].
+    pub fn attach_by_device(&self, image: &Path, point: &Path) -> Result<(), AttachError> {
+        attach_with(image, point, || mount_image(image, Way::Loop))
+    }
+
+    /// Takes what covers a layer image away again: all but the lowest of what is mounted at `point`.
+    pub fn uncover(&self, point: &Path) -> Result<(), AttachError> {
+        let at_point = |error| AttachError::at(point, error);
+        while self.mounts()?.iter().filter(|(serial, _)| self.point(*serial) == point).count() > 1 {
+            match mount::unmount(point, Unmount::IfUnused) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                    mount::unmount(point, Unmount::FromSight).map_err(at_point)?
+                }
+                done => done.map_err(at_point)?,
+            };
+        }
+        Ok(())
+    }
+
+    /// The loop devices that layer images are mounted from, by serial, below whatever covers them.
+    pub fn devices(&self) -> Result<HashMap<u64, PathBuf>, AttachError> {
+        let mut devices = HashMap::new();
+        for (serial, entry) in self.mounts()? {
+            // The lowest comes first.
+            devices.entry(serial).or_insert(PathBuf::from(entry.source));
+        }
+        devices.retain(|_, source| source.starts_with("/dev"));
+        Ok(devices)
+    }
+
     /// Unmounts what is attached at `point` and removes the directory; succeeds when nothing is there. An image whose
     /// files are open through the attach point itself (somebody looks around in it) goes out of sight and is released
     /// when they are closed.
@@ -251,20 +283,11 @@ impl Attacher {
 
     /// What is attached below the root, in this process's mount namespace, by serial.
     pub fn attached(&self) -> Result<Vec<Attached>, AttachError> {
-        let at_layers = |error| AttachError::at(&self.layers, error);
-        let layers = match std::fs::canonicalize(&self.layers) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            path => path.map_err(at_layers)?,
-        };
         let mut found = Vec::new();
-        for entry in mountinfo::of_this_process().map_err(at_layers)?.iter().filter(|e| e.kind == "erofs") {
-            let name = entry.point.strip_prefix(&layers).ok().and_then(Path::to_str);
-            // Only the canonical form is ours: not `007`, not `7/fs`.
-            let serial = name.and_then(decimal::parse);
-            if let Some(serial) = serial {
-                let device = Some(PathBuf::from(&entry.source)).filter(|source| source.starts_with("/dev"));
-                found.push(Attached { serial, image: image_of(entry).map_err(at_layers)?, device });
-            }
+        for (serial, entry) in self.mounts()? {
+            let image = image_of(&entry).map_err(|error| AttachError::at(&self.layers, error))?;
+            let device = Some(PathBuf::from(entry.source)).filter(|source| source.starts_with("/dev"));
+            found.push(Attached { serial, image, device });
         }
         found.sort_by_key(|attached| attached.serial);
         // Of several mounts at one point the last one in the table is on top.
@@ -272,6 +295,25 @@ impl Attacher {
         found.dedup_by_key(|attached| attached.serial);
         found.reverse();
         Ok(found)
+    }
+}
+
+impl Attacher {
+    /// Every mount of a layer image below the root, with its serial; of several at one point the lowest comes first.
+    fn mounts(&self) -> Result<Vec<(u64, mountinfo::MountEntry)>, AttachError> {
+        let at_layers = |error| AttachError::at(&self.layers, error);
+        let layers = match std::fs::canonicalize(&self.layers) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            path => path.map_err(at_layers)?,
+        };
+        let mut table = mountinfo::of_this_process().map_err(at_layers)?;
+        table.retain(|entry| entry.kind == "erofs");
+        let ours = |entry: mountinfo::MountEntry| {
+            let name = entry.point.strip_prefix(&layers).ok().and_then(Path::to_str);
+            // Only the canonical form is ours: not `007`, not `7/fs`.
+            Some((name.and_then(decimal::parse)?, entry))
+        };
+        Ok(table.into_iter().filter_map(ours).collect())
     }
 }
 

@@ -9,9 +9,11 @@
 //! * A read is answered as soon as its chunks are checked; they are written to the file afterwards. Until then they are in
 //!   memory, of which all cold layers together take a bounded part ([`Gate::room`]).
 //! * Nothing is synced here.
+//! * Whoever reads the file holds `reading` from the moment it found its chunks present: none is given up ([`eviction`]) meanwhile.
 //!
 //! **When it fails.** A read whose chunk cannot be had is tried again until its deadline. A chunk that cannot be written (the disk
-//! is full) is handed out all the same, and fetched again by the next who wants it.
+//! is full) is handed out all the same, and fetched again by the next who wants it. After a failed fsync nobody knows what the
+//! file holds: nothing is read from it any more ([`Cold::distrust`]).
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -24,26 +26,27 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, TryStreamExt, future};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
 
 use super::LayerError;
+use super::allowance::Allowance;
 use super::fill::{FillProgress, Supplier, Supply};
 use super::gate::{Gate, Urgency};
 use super::presence::{self, Earlier, Presence};
 use crate::chunk::{ChunkId, ChunkRef};
 use crate::content::index::{IndexDigest, LayerIndex};
 use crate::sys::blocking;
-use crate::sys::extent::{self, Direct};
+use crate::sys::extent;
+
+pub mod eviction;
+mod verify;
 
 /// How many chunks of one layer are on their way at once: 32 of a quarter MiB keep a link of 1 Gbit/s and 20 ms busy.
 const AT_ONCE: usize = 32;
 /// How many chunks are fetched ahead of a reader that goes forward.
 const AHEAD: usize = 8;
-/// How many bytes are read back from the disk at once, at least a chunk, and how many times at once.
-const RUN: usize = 2 << 20;
-const VERIFIERS: usize = 2;
 /// After how many bytes the disk is given something to do: it would stand still until the end else.
 const WRITEBACK: u64 = 16 << 20;
 /// How often it is looked whether there is something to do.
@@ -75,63 +78,110 @@ pub struct Cold {
     full: AtomicBool,
     /// Bytes that the kernel was not told to write to the disk yet.
     unwritten: AtomicU64,
+    allowance: Arc<Allowance>,
+    /// Taken for writing by whoever gives chunks up.
+    reading: RwLock<()>,
+    /// A bit for each chunk that was read of late.
+    seen: Vec<AtomicU64>,
+    last_read: AtomicU64,
+    /// The chunks of data, and which of them is looked at next when some are given up.
+    data: Range<usize>,
+    hand: AtomicUsize,
+    holds: AtomicUsize,
+    distrusted: AtomicBool,
     /// How far it is.
     pub progress: FillProgress,
 }
 
+/// What every layer image is filled with, and what they share.
+#[derive(Debug, Clone)]
+pub struct Means {
+    /// What chunks are had from.
+    pub supply: Supply,
+    /// Who may fetch when.
+    pub gate: Arc<Gate>,
+    /// What they may take.
+    pub allowance: Arc<Allowance>,
+}
+
 impl Cold {
     /// The layer image of this serial, as far as it is here. Blocking.
-    pub fn open(
-        serial: u64,
-        index: Arc<LayerIndex>,
-        supply: Supply,
-        gate: Arc<Gate>,
-    ) -> Result<Cold, LayerError> {
-        let store = Arc::clone(&supply.layers);
+    pub fn open(serial: u64, index: Arc<LayerIndex>, means: Means) -> Result<Cold, LayerError> {
+        match means.supply.layers.read(serial) {
+            Ok(file) => Ok(Cold::with(serial, index, means, file, None)),
+            Err(_) => {
+                let file = means.supply.layers.reopen(serial)?;
+                Cold::filling(serial, index, means, file)
+            }
+        }
+    }
+
+    /// A new one without anything in it, whether it is complete or not. Blocking.
+    pub fn begin(serial: u64, index: Arc<LayerIndex>, means: Means) -> Result<Cold, LayerError> {
+        let file = means.supply.layers.create(serial)?;
+        Cold::filling(serial, index, means, file)
+    }
+
+    fn filling(serial: u64, index: Arc<LayerIndex>, means: Means, file: File) -> Result<Cold, LayerError> {
+        let store = Arc::clone(&means.supply.layers);
         let path = store.image(serial);
         let io = |error| LayerError::at(&path, error);
-        let (file, presence, earlier) = match store.read(serial) {
-            Ok(file) => (file, None, Earlier::Believed),
-            Err(_) => {
-                let file = store.reopen(serial)?;
-                let size = index.facts().layout.size;
-                let is_new = file.metadata().map_err(io)?.len() != size;
-                if is_new {
-                    store.remove_map(serial)?;
-                    file.set_len(size).map_err(io)?;
-                }
-                let digest = IndexDigest::of(&index.encode());
-                let boot = presence::boot_id().map_err(io)?;
-                let map = store.open_map(serial)?;
-                let (presence, earlier) =
-                    Presence::open(&map, digest.as_bytes(), index.chunks().len(), boot).map_err(io)?;
-                (file, Some(presence), if is_new { Earlier::Believed } else { earlier })
-            }
-        };
-        let (memory, full) = (Mutex::default(), AtomicBool::new(false));
-        let (next, moved) = (Mutex::new(0..0), Notify::new());
-        let progress = FillProgress::default();
-        let file = Arc::new(file);
+        let size = index.facts().layout.size;
+        let is_new = file.metadata().map_err(io)?.len() != size;
+        if is_new {
+            store.remove_map(serial)?;
+            file.set_len(size).map_err(io)?;
+        }
+        let digest = IndexDigest::of(&index.encode());
+        let boot = presence::boot_id().map_err(io)?;
+        let map = store.open_map(serial)?;
+        let (presence, earlier) =
+            Presence::open(&map, digest.as_bytes(), index.chunks().len(), boot).map_err(io)?;
+        let earlier = if is_new { Earlier::Believed } else { earlier };
+        Ok(Cold::with(serial, index, means, file, Some((presence, earlier))))
+    }
+
+    fn with(
+        serial: u64,
+        index: Arc<LayerIndex>,
+        means: Means,
+        file: File,
+        presence: Option<(Presence, Earlier)>,
+    ) -> Cold {
+        let Means { supply, gate, allowance } = means;
+        let (presence, earlier) =
+            presence.map_or((None, Earlier::Believed), |(map, earlier)| (Some(map), earlier));
+        let chunks = index.chunks().len();
+        let data = 1..index.metadata_places().nth(1).unwrap_or(chunks).max(1);
+        let seen = (0..chunks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         let cold = Cold {
             serial,
             index,
-            file,
-            path,
+            file: Arc::new(file),
+            path: supply.layers.image(serial),
             presence,
             earlier,
-            memory,
-            next,
-            moved,
+            memory: Mutex::default(),
+            next: Mutex::new(0..0),
+            moved: Notify::new(),
             supply,
             gate,
-            full,
+            full: AtomicBool::new(false),
             unwritten: AtomicU64::new(0),
-            progress,
+            allowance,
+            reading: RwLock::new(()),
+            seen,
+            last_read: AtomicU64::new(clock()),
+            data,
+            hand: AtomicUsize::new(0),
+            holds: AtomicUsize::new(0),
+            distrusted: AtomicBool::new(false),
+            progress: FillProgress::default(),
         };
-        let kept = (0..cold.index.chunks().len()).filter(|at| cold.has(*at));
+        let kept = (0..chunks).filter(|at| cold.has(*at));
         let kept: u64 = kept.map(|at| u64::from(cold.index.chunk(at).1.length)).sum();
         cold.progress.kept.store(kept, Ordering::Relaxed);
-        Ok(cold)
+        cold
     }
 
     /// Its serial.
@@ -160,12 +210,32 @@ impl Cold {
     }
 
     fn has(&self, at: usize) -> bool {
-        self.presence.as_ref().is_none_or(|presence| presence.has(at))
+        !self.is_distrusted() && self.presence.as_ref().is_none_or(|presence| presence.has(at))
+    }
+
+    /// Nobody knows any more what its file holds: an fsync failed. Nothing is read from it from now on, nor written to it.
+    pub fn distrust(&self) {
+        self.distrusted.store(true, Ordering::Release);
+        if let Some(presence) = &self.presence {
+            (0..presence.chunks()).for_each(|at| presence.clear(at));
+        }
+    }
+
+    /// Whether that has happened.
+    pub fn is_distrusted(&self) -> bool {
+        self.distrusted.load(Ordering::Acquire)
+    }
+
+    /// How many bytes are not here.
+    pub fn missing(&self) -> u64 {
+        let missing = (0..self.index.chunks().len()).filter(|at| !self.has(*at));
+        missing.map(|at| u64::from(self.index.chunk(at).1.length)).sum()
     }
 
     /// The bytes of a range if nothing of it need be fetched. Blocking.
     pub fn read_now(&self, range: Range<u64>) -> Option<Vec<Bytes>> {
         let chunks = self.index.covering(&range);
+        self.mark_read(chunks.clone());
         let memory = self.memory.lock();
         let mut held = HashMap::new();
         for at in chunks {
@@ -174,7 +244,7 @@ impl Cold {
             }
         }
         drop(memory);
-        self.assemble(&range, &held).ok()
+        self.assemble(&range, &held).ok().flatten()
     }
 
     /// The bytes of a range, wherever they are now.
@@ -182,23 +252,39 @@ impl Cold {
         let chunks = self.index.covering(&range);
         let demand = self.gate.demand(self.serial);
         self.follow(&chunks);
-        let until = Instant::now() + DEADLINE;
-        let wanted = chunks.clone().map(|at| async move {
-            let bytes = self.chunk_until(at, until).await?;
-            Ok::<_, LayerError>(bytes.map(|bytes| (at, bytes)))
-        });
-        let wanted = future::try_join_all(wanted);
+        self.mark_read(chunks.clone());
         let began = Instant::now();
-        let held: HashMap<usize, Bytes> = wanted.await?.into_iter().flatten().collect();
-        drop(demand);
-        tracing::debug!(serial = self.serial, ?range, ?chunks, waited = ?began.elapsed(), "a read waited");
-        // What is in the file was written a moment ago, or is read ahead: not worth another thread.
-        self.assemble(&range, &held).map_err(|error| LayerError::at(&self.path, error))
+        let until = began + DEADLINE;
+        let mut held: HashMap<usize, Bytes> = HashMap::new();
+        loop {
+            let wanted = chunks.clone().filter(|at| !held.contains_key(at)).map(|at| async move {
+                let bytes = self.chunk_until(at, until).await?;
+                Ok::<_, LayerError>(bytes.map(|bytes| (at, bytes)))
+            });
+            let got = future::try_join_all(wanted).await?;
+            held.extend(got.into_iter().flatten());
+            // What is in the file was written a moment ago, or is read ahead: not worth another thread.
+            let assembled =
+                self.assemble(&range, &held).map_err(|error| LayerError::at(&self.path, error))?;
+            if let Some(pieces) = assembled {
+                drop(demand);
+                tracing::debug!(serial = self.serial, ?range, ?chunks, waited = ?began.elapsed(), "a read waited");
+                return Ok(pieces);
+            }
+        }
     }
 
-    /// Puts a range together from the file and from what is not in it yet. Between the chunks the file is a hole, which reads
-    /// as the zeros that are meant.
-    fn assemble(&self, range: &Range<u64>, held: &HashMap<usize, Bytes>) -> std::io::Result<Vec<Bytes>> {
+    /// Puts a range together from the file and from what is not in it yet; `None` if a chunk was given up meanwhile. Between the
+    /// chunks the file is a hole, which reads as the zeros that are meant.
+    fn assemble(
+        &self,
+        range: &Range<u64>,
+        held: &HashMap<usize, Bytes>,
+    ) -> std::io::Result<Option<Vec<Bytes>>> {
+        let _nothing_is_given_up = self.reading.read();
+        if !self.index.covering(range).all(|at| held.contains_key(&at) || self.has(at)) {
+            return Ok(None);
+        }
         let mut pieces = Vec::new();
         let mut done = range.start;
         for at in self.index.covering(range) {
@@ -212,14 +298,17 @@ impl Cold {
             done = end;
         }
         self.read_file(done..range.end, &mut pieces)?;
-        Ok(pieces)
+        Ok(Some(pieces))
     }
 
     fn read_file(&self, range: Range<u64>, pieces: &mut Vec<Bytes>) -> std::io::Result<()> {
         if !range.is_empty() {
             let length = usize::try_from(range.end - range.start).map_err(std::io::Error::other)?;
             let mut bytes = vec![0; length];
-            self.file.read_exact_at(&mut bytes, range.start)?;
+            // Only what lies between chunks is asked for then.
+            if !self.is_distrusted() {
+                self.file.read_exact_at(&mut bytes, range.start)?;
+            }
             pieces.push(bytes.into());
         }
         Ok(())
@@ -262,8 +351,7 @@ impl Cold {
             return Ok((Some(bytes.clone()), None));
         }
         let (offset, chunk) = self.index.chunk(at);
-        if self.earlier == Earlier::Doubted && self.is_in_file(offset, chunk).await {
-            self.count(at, &self.progress.kept);
+        if self.earlier == Earlier::Doubted && self.is_in_file(at, offset, chunk).await {
             return Ok((None, None));
         }
         let room = self.gate.room(chunk.length, urgency).await;
@@ -272,19 +360,26 @@ impl Cold {
         Ok((Some(bytes.clone()), self.keep(at, (bytes, supplier), room)))
     }
 
-    async fn is_in_file(&self, offset: u64, chunk: ChunkRef) -> bool {
-        let file = Arc::clone(&self.file);
+    /// Whether the file has the right bytes of a chunk after all; it is present then.
+    async fn is_in_file(self: &Arc<Self>, at: usize, offset: u64, chunk: ChunkRef) -> bool {
+        let this = Arc::clone(self);
         let hash = move || {
+            let _nothing_is_given_up = this.reading.read();
             let mut bytes = vec![0; usize::try_from(chunk.length).unwrap_or(0)];
-            file.read_exact_at(&mut bytes, offset)?;
-            Ok::<_, std::io::Error>(ChunkId::of(&bytes) == chunk.id)
+            this.file.read_exact_at(&mut bytes, offset)?;
+            let is_it = !this.is_distrusted() && ChunkId::of(&bytes) == chunk.id;
+            if is_it {
+                this.count(at, &this.progress.kept);
+            }
+            Ok::<_, std::io::Error>(is_it)
         };
         blocking(hash).await.unwrap_or(false)
     }
 
     /// The chunk is in the file now.
     fn count(&self, at: usize, counter: &AtomicU64) {
-        if self.presence.as_ref().is_some_and(|presence| presence.set(at)) {
+        let trusted = self.presence.as_ref().filter(|_| !self.is_distrusted());
+        if trusted.is_some_and(|presence| presence.set(at)) {
             counter.fetch_add(u64::from(self.index.chunk(at).1.length), Ordering::Relaxed);
         }
     }
@@ -306,7 +401,7 @@ impl Cold {
         }
         let this = Arc::clone(self);
         Some(tokio::task::spawn_blocking(move || {
-            let written = this.file.write_all_at(&bytes, offset);
+            let written = this.write(&bytes, offset);
             match &written {
                 Ok(()) => {
                     let counter = match supplier {
@@ -316,6 +411,8 @@ impl Cold {
                     this.count(at, counter);
                     this.write_back(bytes.len() as u64);
                 }
+                // Over the allowance, most probably.
+                Err(error) if error.kind() == std::io::ErrorKind::QuotaExceeded => {}
                 Err(error) if !this.full.swap(true, Ordering::AcqRel) => {
                     tracing::error!(serial = this.serial, %error, "a layer cannot be kept; it is read from the store as it is wanted");
                 }
@@ -334,8 +431,25 @@ impl Cold {
         }
     }
 
+    /// Writes a checked chunk, if it may.
+    fn write(&self, bytes: &Bytes, offset: u64) -> std::io::Result<()> {
+        let length = bytes.len() as u64;
+        if self.is_distrusted() {
+            return Err(std::io::Error::other("an fsync of it failed"));
+        }
+        if self.is_held() {
+            self.allowance.add(length);
+        } else if !self.allowance.take(length) {
+            return Err(std::io::ErrorKind::QuotaExceeded.into());
+        }
+        let written = self.file.write_all_at(bytes, offset);
+        self.allowance.landed(length, written.is_ok());
+        written
+    }
+
     /// Makes these chunks present, because somebody waits for all of them; returns when they are in the file. Not synced.
     pub async fn fetch(self: &Arc<Self>, chunks: impl IntoIterator<Item = usize>) -> Result<(), LayerError> {
+        let _all_is_kept = self.hold();
         let missing: Vec<usize> = chunks.into_iter().filter(|at| !self.has(*at)).collect();
         futures::stream::iter(missing)
             // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
@@ -356,6 +470,7 @@ impl Cold {
 
     /// Makes all chunks present, those behind what was read last first; returns when they are in the file. Not synced.
     pub async fn fill(self: &Arc<Self>) -> Result<(), LayerError> {
+        let _all_is_kept = self.hold();
         let claims = Claims { claimed: Mutex::new(HashSet::new()), from: AtomicUsize::new(0) };
         let worker = |_| async {
             loop {
@@ -413,48 +528,6 @@ impl Cold {
         (from..self.index.chunks().len()).all(|at| self.has(at) || claimed.contains(&at))
     }
 
-    /// Whether the disk itself has the right bytes of all chunks; to be asked after the file was synced.
-    pub async fn verify(&self) -> Result<(), LayerError> {
-        let next = AtomicUsize::new(0);
-        future::try_join_all((0..VERIFIERS).map(|_| self.verify_runs(&next).boxed())).await.map(drop)
-    }
-
-    /// Looks at runs of chunks until none is left; where the next one begins is shared by those who do this at once.
-    async fn verify_runs(&self, next: &AtomicUsize) -> Result<(), LayerError> {
-        let io = |error| LayerError::at(&self.path, error);
-        let mut disk = Direct::open(&self.file, RUN).map_err(io)?;
-        let run_from = |first| (first < self.index.chunks().len()).then(|| self.run(first).end);
-        while let Ok(first) = next.fetch_update(Ordering::AcqRel, Ordering::Acquire, run_from) {
-            let _turn = self.gate.turn(self.serial).await;
-            let (index, run) = (Arc::clone(&self.index), self.run(first));
-            let bad = blocking(move || {
-                let bad = first_bad(&mut disk, &index, run)?;
-                Ok::<_, std::io::Error>((disk, bad))
-            });
-            let (back, bad) = bad.await.map_err(io)?;
-            disk = back;
-            if let Some(at) = bad {
-                // To be fetched again.
-                if let Some(presence) = &self.presence {
-                    presence.clear(at);
-                }
-                let chunk = self.index.chunk(at).1.id;
-                return Err(LayerError::Damaged { path: self.path.clone(), chunk });
-            }
-        }
-        Ok(())
-    }
-
-    /// As many chunks from this one on as are read from the disk at once.
-    fn run(&self, first: usize) -> Range<usize> {
-        let begin = self.index.chunk(first).0;
-        let fits = |at: &usize| {
-            let (offset, chunk) = self.index.chunk(*at);
-            offset + u64::from(chunk.length) - begin <= RUN as u64
-        };
-        first..first + 1 + (first + 1..self.index.chunks().len()).take_while(fits).count()
-    }
-
     async fn make_present(self: &Arc<Self>, at: usize, urgency: Urgency) -> Result<(), LayerError> {
         loop {
             match self.chunk(at, urgency).await? {
@@ -472,26 +545,17 @@ impl Cold {
     }
 }
 
-/// The first chunk of a run that the disk has wrong.
-fn first_bad(disk: &mut Direct, index: &LayerIndex, run: Range<usize>) -> std::io::Result<Option<usize>> {
-    let (begin, (last, end)) = (index.chunk(run.start).0, index.chunk(run.end - 1));
-    let within = |offset: u64| usize::try_from(offset - begin).map_err(std::io::Error::other);
-    let bytes = disk.read(begin, within(last + u64::from(end.length))?)?;
-    for at in run {
-        let (offset, chunk) = index.chunk(at);
-        let start = within(offset)?;
-        if ChunkId::of(&bytes[start..start + chunk.length as usize]) != chunk.id {
-            return Ok(Some(at));
-        }
-    }
-    Ok(None)
-}
-
 /// What the workers of one fill have taken on.
 struct Claims {
     claimed: Mutex<HashSet<usize>>,
     /// Before this one everything is here.
     from: AtomicUsize,
+}
+
+/// Milliseconds since this process asked first.
+fn clock() -> u64 {
+    static BEGAN: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
+    u64::try_from(BEGAN.get_or_init(std::time::Instant::now).elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
 type Writing = tokio::task::JoinHandle<Result<(), LayerError>>;

@@ -20,12 +20,16 @@ pub struct FillProgress {
     pub shared: AtomicU64,
     /// Bytes that were there already.
     pub kept: AtomicU64,
+    /// Bytes that were there and were given up.
+    pub evicted: AtomicU64,
 }
 
 impl FillProgress {
     /// Bytes that are present.
     pub fn present(&self) -> u64 {
-        [&self.fetched, &self.shared, &self.kept].iter().map(|n| n.load(Ordering::Relaxed)).sum()
+        let came: u64 =
+            [&self.fetched, &self.shared, &self.kept].iter().map(|n| n.load(Ordering::Relaxed)).sum();
+        came.saturating_sub(self.evicted.load(Ordering::Relaxed))
     }
 }
 

@@ -14,13 +14,16 @@
 //! is async.
 //!
 //! **Invariants.**
-//! * A `.erofs` file is whole and durable, and is never written to again.
+//! * A `.erofs` file is whole and durable, and is not written to as long as it has that name: one that the disk has changed becomes a
+//!   `.part` again. A `.part` beside a `.erofs` is another file, with which the layer begins anew to have room.
+//! * A file that was below a mount is never punched.
 //! * **L1** A layer that is attached from its `.erofs` file needs neither this process nor the network.
 //!
 //! **When it fails.** What a crash leaves is a `.part` file (filled on from where it was: each chunk in it is hashed, not
 //! believed, unless a `.map` of this boot vouches for it) or files of a serial that no record names, which `remove` takes away. A complete image of a Pending Id is worth
 //! something only if it was recorded once, that is, in a newer `metadata.db`: the `.new` file tells that it was not.
 
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -28,6 +31,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+pub mod allowance;
 pub mod attach;
 pub mod chunks;
 pub mod cold;
@@ -38,8 +42,8 @@ pub mod presence;
 mod trial;
 pub mod work;
 
-use crate::sys::decimal;
 use crate::sys::space::{self, Space};
+use crate::sys::{decimal, lease};
 use attach::Attacher;
 
 /// How the name of a file ends that is of use to nobody once its maker is gone.
@@ -117,6 +121,7 @@ pub struct LayerStore {
     files: PathBuf,
     attacher: OnceLock<Attacher>,
     untried: Attacher,
+    sync: fn(&File) -> io::Result<()>,
 }
 
 impl LayerStore {
@@ -130,7 +135,17 @@ impl LayerStore {
     /// The store below `root`, good for reading what is there; nothing is touched before [`LayerStore::prepare`].
     pub fn at(root: &Path) -> LayerStore {
         let (files, untried) = (root.join("layer"), Attacher::untried(root));
-        LayerStore { files, attacher: OnceLock::new(), untried }
+        LayerStore { files, attacher: OnceLock::new(), untried, sync: File::sync_all }
+    }
+
+    /// The same with another way of making files durable: for tests of disks that cannot.
+    pub fn with_sync(self, sync: fn(&File) -> io::Result<()>) -> LayerStore {
+        LayerStore { sync, ..self }
+    }
+
+    /// Makes a layer image durable.
+    pub fn sync(&self, serial: u64, file: &File) -> Result<(), LayerError> {
+        (self.sync)(file).map_err(|error| LayerError::at(&self.part(serial), error))
     }
 
     /// Makes it whole. To be called once, by whoever has the root to himself.
@@ -164,7 +179,8 @@ impl LayerStore {
         self.files.join(format!("{serial}.erofs"))
     }
 
-    fn part(&self, serial: u64) -> PathBuf {
+    /// Where one is that is not complete.
+    pub fn part(&self, serial: u64) -> PathBuf {
         self.files.join(format!("{serial}.part"))
     }
 
@@ -221,14 +237,40 @@ impl LayerStore {
 
     /// Makes a written layer image complete: on return it is durable under its name.
     pub fn complete(&self, serial: u64, file: &File) -> Result<(), LayerError> {
-        let (part, image) = (self.part(serial), self.image(serial));
-        file.sync_all().map_err(|error| LayerError::at(&part, error))?;
-        self.rename(&part, &image)
+        self.sync(serial, file)?;
+        self.rename(&self.part(serial), &self.image(serial))
+    }
+
+    /// A complete layer image is none any more, until its file was filled again; durable on return. Its name says so from now on.
+    pub fn reopen_complete(&self, serial: u64) -> Result<(), LayerError> {
+        self.rename(&self.image(serial), &self.part(serial))
+    }
+
+    /// Removes the file of a complete layer image, of which there is another one that is being filled, unless something has it open:
+    /// `false` then.
+    pub fn discard_complete(&self, serial: u64) -> Result<bool, LayerError> {
+        let image = self.image(serial);
+        let io = |error| LayerError::at(&image, error);
+        if !lease::is_alone(&self.read(serial)?).map_err(io)? {
+            return Ok(false);
+        }
+        remove_file(&image)?;
+        self.sync_directory()?;
+        Ok(true)
+    }
+
+    /// A complete layer image needs no other file that is being filled.
+    pub fn remove_part(&self, serial: u64) -> Result<(), LayerError> {
+        remove_file(&self.part(serial))
     }
 
     /// Durable on return.
     fn rename(&self, from: &Path, to: &Path) -> Result<(), LayerError> {
         std::fs::rename(from, to).map_err(|error| LayerError::at(from, error))?;
+        self.sync_directory()
+    }
+
+    fn sync_directory(&self) -> Result<(), LayerError> {
         File::open(&self.files)
             .and_then(|dir| dir.sync_all())
             .map_err(|error| LayerError::at(&self.files, error))
@@ -311,6 +353,21 @@ impl LayerStore {
             return Err(LayerError::Missing(image));
         }
         Ok(self.attacher().attach(&image, &point)?)
+    }
+
+    /// Attaches a complete layer image so that its file can be exchanged later.
+    pub fn attach_by_device(&self, serial: u64) -> Result<(), LayerError> {
+        Ok(self.attacher().attach_by_device(&self.image(serial), &self.point(serial))?)
+    }
+
+    /// The loop devices that layer images are attached from, by serial, below whatever covers them.
+    pub fn devices(&self) -> Result<HashMap<u64, PathBuf>, LayerError> {
+        Ok(self.attacher().devices()?)
+    }
+
+    /// Undoes [`LayerStore::cover`]. Containers that started on it keep what they have.
+    pub fn uncover(&self, serial: u64) -> Result<(), LayerError> {
+        Ok(self.attacher().uncover(&self.point(serial))?)
     }
 
     /// Attaches a complete layer image over itself, without the loop device that it is attached by, where that can be: containers

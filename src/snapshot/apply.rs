@@ -255,7 +255,8 @@ impl Applier {
             now: Timestamp::now(),
         };
         let layer = self.meta.applied(job.record.info.name.clone(), LayerChoice::New(new)).await?;
-        if layer.id != id && !layers.store.is_complete(layer.id.serial) {
+        let is_lost = layer.progress == Progress::Complete && !layers.store.is_complete(layer.id.serial);
+        if layer.id != id && is_lost {
             tracing::warn!(
                 serial = layer.id.serial,
                 "the file of a layer image was missing; it is here again"

@@ -13,7 +13,7 @@
 //! **When it fails.** A fill that fails is reported to whoever waits for it and tried again when somebody asks again, and when
 //! the daemon starts; what was fetched stays.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -32,11 +32,15 @@ use crate::content::ContentError;
 use crate::content::index::{IndexDigest, LayerIndex, Limits};
 use crate::driver::Id;
 use crate::layer::attach::Attached;
+use crate::layer::cold::Cold;
 use crate::layer::lazy::{self, ColdLayers, Lazy};
 use crate::layer::work::Work;
 use crate::layer::{LayerError, LayerStore};
 
+mod demotion;
 mod filling;
+mod limit;
+mod scrub;
 mod watched;
 
 /// How long a layer whose data could not be fetched is pulled instead.
@@ -60,7 +64,39 @@ pub struct Layers {
     /// Those whose reads somebody wants to see; by how many.
     watched: Mutex<HashMap<u64, usize>>,
     filled: Filled,
+    upkeep: Upkeep,
+    disk: Disk,
     work: Work,
+}
+
+/// What is done for layer images that are here.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Upkeep {
+    /// How many bytes of them are read again and checked each second; none if 0.
+    pub scrub_rate: u64,
+    /// How long one that was checked is left alone.
+    pub scrub_every: Duration,
+}
+
+/// What was given up of layer images, and what was found wrong with them.
+#[derive(Debug, Default)]
+struct Disk {
+    /// Fills that have begun, for which there is room.
+    promised: Mutex<HashMap<u64, Arc<Cold>>>,
+    /// Those that wait for room.
+    waiting: Mutex<HashSet<u64>>,
+    /// What could not be given up, and when.
+    refused: Mutex<HashMap<u64, Instant>>,
+    /// How many reads of its device there were, and since when.
+    reads: Mutex<HashMap<u64, (u64, Instant)>>,
+    /// How many chunks of it were found damaged.
+    doubted: Mutex<HashMap<u64, u64>>,
+    /// Damage that cannot be repaired.
+    damaged: Mutex<HashMap<u64, String>>,
+    demotions: AtomicU64,
+    scrubbed: AtomicU64,
+    found: AtomicU64,
+    repaired: AtomicU64,
 }
 
 /// What was filled since the daemon started.
@@ -105,6 +141,8 @@ enum State {
     Usable,
     Done,
     Failed(Arc<str>),
+    /// The disk failed: it is read through us as long as we live, and never natively.
+    Forbidden(Arc<str>),
 }
 
 /// Why a fill did not come to its end.
@@ -120,6 +158,10 @@ enum FillError {
     NoStore,
     #[error("its layer index is not known")]
     NoIndex,
+    #[error(
+        "the disk does not keep it, it is read from the store and never natively until speedy is started again: {0}"
+    )]
+    Sync(#[source] LayerError),
 }
 
 impl FillError {
@@ -153,8 +195,15 @@ impl Layers {
             attached: Mutex::default(),
             watched: Mutex::default(),
             filled: Filled::default(),
+            upkeep: Upkeep::default(),
+            disk: Disk::default(),
             work: Work::default(),
         }
+    }
+
+    /// With this done for them while [`Layers::run`] runs.
+    pub fn with_upkeep(self, upkeep: Upkeep) -> Layers {
+        Layers { upkeep, ..self }
     }
 
     /// Learns what is attached and what chunks are here, and goes on with what was being filled.
@@ -173,6 +222,7 @@ impl Layers {
             for layer in known.iter().filter(|layer| layer.progress == Progress::Complete) {
                 // A crash may have left it. Beside lost records it would say that the image never was in any.
                 this.store.unmark_new(layer.id.serial)?;
+                this.store.remove_part(layer.id.serial)?;
                 if !this.store.is_complete(layer.id.serial) {
                     tracing::error!(
                         serial = layer.id.serial, diff_id = %layer.facts.diff_id,
@@ -214,8 +264,12 @@ impl Layers {
     }
 
     /// Until `stop`; what is being filled is given up then and goes on at the next start.
-    pub async fn run(&self, stop: CancellationToken) {
-        stop.cancelled().await;
+    pub async fn run(self: &Arc<Self>, stop: CancellationToken) {
+        let upkeep = async { tokio::join!(self.keep_within_limit(), self.scrub()) };
+        tokio::select! {
+            () = stop.cancelled() => {}
+            _ = upkeep => {}
+        }
         self.work.end().await;
     }
 
@@ -262,7 +316,7 @@ impl Layers {
     /// Why the last fill of a layer image failed, if it did.
     pub fn failed(&self, serial: u64) -> Option<String> {
         match &*self.fills.lock().get(&serial)?.state.borrow() {
-            State::Failed(problem) => Some(problem.to_string()),
+            State::Failed(problem) | State::Forbidden(problem) => Some(problem.to_string()),
             _ => None,
         }
     }
@@ -288,11 +342,14 @@ impl Layers {
         layers.iter().all(|id| self.is_whole(id.serial))
     }
 
+    fn is_complete(&self, serial: u64) -> bool {
+        self.meta.layer(serial).is_some_and(|layer| layer.progress == Progress::Complete)
+    }
+
     /// Whether all bytes are here, durable or not.
     fn is_whole(&self, serial: u64) -> bool {
         let usable = |fill: &Arc<Fill>| matches!(*fill.state.borrow(), State::Usable);
-        self.meta.layer(serial).is_some_and(|layer| layer.progress == Progress::Complete)
-            || self.fills.lock().get(&serial).is_some_and(usable)
+        self.is_complete(serial) || self.fills.lock().get(&serial).is_some_and(usable)
     }
 
     /// Whether it can be read although it is not here: its data is known not to be out of reach.
@@ -313,7 +370,7 @@ impl Layers {
         let ended = state.wait_for(|state| !matches!(state, State::Running)).await;
         let ended = ended.map_err(|_| SnapshotError::ShuttingDown)?.clone();
         match ended {
-            State::Failed(problem) => Err(SnapshotError::LayerUnavailable {
+            State::Failed(problem) | State::Forbidden(problem) => Err(SnapshotError::LayerUnavailable {
                 layer: layer.facts.diff_id.to_string(),
                 problem: problem.to_string(),
             }),
@@ -336,8 +393,9 @@ impl Layers {
             if self.attached.lock().contains_key(&serial) {
                 continue;
             }
-            let native = self.is_whole(serial) && !self.is_watched(serial);
-            let how = if native { How::Native } else { How::Lazy };
+            // What is not durable yet may never be: where it can be read lazily until then, it is.
+            let is_native = self.lazy.is_none() || (self.is_complete(serial) && !self.is_watched(serial));
+            let how = if is_native { How::Native } else { How::Lazy };
             let this = Arc::clone(self);
             blocking(move || this.attach_now(serial, how)).await?;
             self.attached.lock().insert(serial, how);
@@ -351,6 +409,7 @@ impl Layers {
                 let attached = lazy.attach(serial, &self.store.point(serial));
                 Ok(attached.map_err(LayerError::from)?)
             }
+            _ if self.must_be_switchable(serial) => Ok(self.store.attach_by_device(serial)?),
             _ => Ok(self.store.attach(serial)?),
         }
     }
@@ -390,8 +449,8 @@ impl Layers {
     }
 
     /// Chooses unclaimed layer images to be removed: the least recently used beyond `budget` bytes, and all that it takes to
-    /// have `wanted` more bytes free.
-    pub(super) async fn evict(&self, budget: u64, wanted: u64) -> Result<(), SnapshotError> {
+    /// have `wanted` more bytes free. Their files are freed later.
+    pub(super) async fn evict(&self, budget: u64, wanted: u64) -> Result<Vec<u64>, SnapshotError> {
         let claims = self.meta.claims();
         let mut unclaimed: Vec<(Arc<LayerRecord>, u64)> = (self.meta.layers().into_iter())
             .filter(|layer| !claims.contains_key(&layer.id.serial))
@@ -410,7 +469,7 @@ impl Layers {
             chosen.push(layer.id.serial);
         }
         if chosen.is_empty() {
-            return Ok(());
+            return Ok(chosen);
         }
         tracing::info!(layers = chosen.len(), bytes = freed, "removing layer images that nobody uses");
         for serial in &chosen {
@@ -419,7 +478,10 @@ impl Layers {
             }
             self.fills.lock().remove(serial);
         }
-        self.meta.evict(chosen).await
+        self.meta.evict(chosen.clone()).await?;
+        // Others were claimed meanwhile.
+        chosen.retain(|serial| self.meta.layer(*serial).is_none());
+        Ok(chosen)
     }
 
     /// What was read through us since the daemon started.
@@ -444,15 +506,18 @@ impl Layers {
         let serial = layer.id.serial;
         let data = layer.facts.bytes.max(1);
         let how = self.attached.lock().get(&serial).copied();
-        let (mut state, mut percent, mut problem) = ("complete", 100, None);
-        let (mut fetched, mut shared) = (layer.fetched, layer.shared);
+        let (mut state, mut percent) = ("complete", 100);
+        let mut problem = self.disk.damaged.lock().get(&serial).cloned();
+        let (mut fetched, mut shared, mut evicted) = (layer.fetched, layer.shared, 0);
         if layer.progress == Progress::Filling {
-            (state, percent) = ("filling", 0);
+            let waits = self.disk.waiting.lock().contains(&serial);
+            (state, percent) = (if waits { "cold" } else { "filling" }, 0);
             if let Some(cold) = self.cold.as_ref().and_then(|cold| cold.get(serial)) {
                 let there = (cold.progress.present().min(data) * 99 / data).min(99);
                 percent = u8::try_from(there).unwrap_or(0);
                 fetched = cold.progress.fetched.load(Ordering::Relaxed);
                 shared = cold.progress.shared.load(Ordering::Relaxed);
+                evicted = cold.progress.evicted.load(Ordering::Relaxed);
             }
             problem = self.failed(serial);
             state = if problem.is_some() { "failed" } else { state };
@@ -469,6 +534,7 @@ impl Layers {
             bytes: self.store.allocated(serial),
             fetched,
             shared,
+            evicted,
             inodes: layer.facts.inodes,
             snapshots: claims,
             attached: how.is_some(),

@@ -226,7 +226,7 @@ impl Reconciler {
             Ok(wanted) => wanted,
             Err(error) => return tracing::warn!(%error, "cannot tell how full the disk is"),
         };
-        if let Err(error) = layers.evict(self.room.budget, wanted).await {
+        if let Err(error) = layers.evict(self.room.budget, wanted).await.map(drop) {
             tracing::warn!(%error, "cannot give up unused layer images yet");
         }
     }

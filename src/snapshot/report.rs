@@ -62,6 +62,26 @@ pub struct LayerNumbers {
     pub lazy: usize,
     /// What their files take on disk.
     pub bytes: u64,
+    /// What was given up, checked and repaired.
+    #[serde(default)]
+    pub disk: DiskCounts,
+}
+
+/// What was given up of layer images, checked and repaired since the daemon started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskCounts {
+    /// What they may take, if that is limited.
+    pub limit: Option<u64>,
+    /// Bytes that were punched out of layers that are not wholly here.
+    pub given_up: u64,
+    /// Complete layers that were made incomplete, for want of room or because they were damaged.
+    pub demotions: u64,
+    /// Bytes that were read again and checked.
+    pub scrubbed: u64,
+    /// Chunks that were found damaged.
+    pub damaged: u64,
+    /// Those that are right again.
+    pub repaired: u64,
 }
 
 /// The store as this daemon sees it.
@@ -149,7 +169,7 @@ pub struct LayerReport {
     pub diff_id: String,
     /// `applied` here from a blob, or `fetched` from the store.
     pub origin: String,
-    /// `complete`, `filling` or `failed`.
+    /// `complete`, `filling`, `cold` (fetched as it is read: there is no room for all of it) or `failed`.
     pub state: String,
     /// How much of it is here, in percent.
     pub percent: u8,
@@ -161,6 +181,9 @@ pub struct LayerReport {
     pub fetched: u64,
     /// Bytes that other layers of this node had.
     pub shared: u64,
+    /// Bytes that were here and were given up for want of room.
+    #[serde(default)]
+    pub evicted: u64,
     /// Its inodes.
     pub inodes: u64,
     /// How many snapshots use it.

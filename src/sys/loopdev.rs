@@ -195,6 +195,14 @@ fn config(file: &File, name: &Path) -> io::Result<LoopConfig> {
     Ok(LoopConfig { fd, block_size: BLOCK, info, reserved: [0; 8] })
 }
 
+/// How many reads of `/dev/loopN` there were.
+pub fn reads(device: &Path) -> io::Result<u64> {
+    let name = device.file_name().unwrap_or_default();
+    let text = std::fs::read_to_string(Path::new("/sys/block").join(name).join("stat"))?;
+    let first = text.split_whitespace().next().and_then(|number| number.parse().ok());
+    first.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
 /// The file below `/dev/loopN`; `None` if the device has none or is no loop device. A file that was removed has
 /// ` (deleted)` behind its name.
 pub fn backing_file(device: &Path) -> io::Result<Option<PathBuf>> {

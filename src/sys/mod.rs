@@ -13,6 +13,7 @@ pub mod fdpass;
 pub mod fuse;
 pub mod fusectl;
 pub mod idmap;
+pub mod lease;
 pub mod limits;
 pub mod lock;
 pub mod loopdev;

@@ -62,6 +62,16 @@ pub struct LayerLevels {
     pub filled_bytes: Parts,
     /// Prepares that asked the store for a layer, by what came of it.
     pub lookups: Parts,
+    /// What they may take; 0 for no limit.
+    pub limit: u64,
+    /// Bytes that were punched out of them.
+    pub punched: u64,
+    /// Complete ones that were made incomplete.
+    pub demotions: u64,
+    /// Bytes that were checked again.
+    pub scrubbed: u64,
+    /// Chunks that were found damaged, and those that were repaired.
+    pub scrub_chunks: Parts,
 }
 
 /// What is known of starts of images.
@@ -188,7 +198,27 @@ impl Page<'_> {
         let filled = "Plain bytes of layer images, by where they came from";
         self.counters("filled", filled, Some(&Unit::Bytes), "source", &layers.filled_bytes)?;
         let lookups = "Layers that the store was asked for in a Prepare, by what came of it";
-        self.counters("remote_lookups", lookups, None, "outcome", &layers.lookups)
+        self.counters("remote_lookups", lookups, None, "outcome", &layers.lookups)?;
+        self.disk(layers)
+    }
+
+    fn disk(&mut self, layers: &LayerLevels) -> fmt::Result {
+        let bytes = Some(Unit::Bytes);
+        self.gauge(
+            "layers_limit",
+            "What layer images may take, 0 for no limit",
+            bytes.as_ref(),
+            layers.limit,
+        )?;
+        let punched = "Given up of layer images that are not all here, for want of room";
+        self.counter("punched", punched, bytes.as_ref(), layers.punched)?;
+        let demotions =
+            "Complete layer images made incomplete, for want of room or because they were damaged";
+        self.counter("demotions", demotions, None, layers.demotions)?;
+        let scrubbed = "Read again of complete layer images and checked";
+        self.counter("scrubbed", scrubbed, bytes.as_ref(), layers.scrubbed)?;
+        let chunks = "Chunks that the disk had changed, and those of them that were fetched again";
+        self.counters("scrub_chunks", chunks, None, "outcome", &layers.scrub_chunks)
     }
 
     fn traces(&mut self, traces: &TraceLevels) -> fmt::Result {
@@ -309,6 +339,8 @@ mod tests {
                 fills: vec![("done", 2), ("failed", 1)],
                 filled_bytes: vec![("store", 100), ("node", 50)],
                 lookups: vec![("hit", 2), ("missing", 9)],
+                punched: 77,
+                scrub_chunks: vec![("damaged", 3), ("repaired", 2)],
                 ..LayerLevels::default()
             },
             publish: PublishLevels {
@@ -365,6 +397,8 @@ mod tests {
             ("speedy_fills_total{outcome=\"done\"}", 2.0),
             ("speedy_filled_bytes_total{source=\"node\"}", 50.0),
             ("speedy_remote_lookups_total{outcome=\"missing\"}", 9.0),
+            ("speedy_punched_bytes_total", 77.0),
+            ("speedy_scrub_chunks_total{outcome=\"repaired\"}", 2.0),
             ("speedy_publish_queue{state=\"pending\"}", 8.0),
             ("speedy_published_layers_total", 0.0),
             ("speedy_uploaded_bytes_total", 0.0),

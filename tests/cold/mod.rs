@@ -21,6 +21,7 @@ use speedy::content::trust::{PublisherKey, Trust};
 use speedy::content::{ContentStore, Options, Parts};
 use speedy::image::{self, Compression, Limits, NothingBelow};
 use speedy::layer::LayerStore;
+use speedy::layer::allowance::Allowance;
 use speedy::layer::attach::Attacher;
 use speedy::layer::fill::Supply;
 use speedy::layer::lazy::ColdLayers;
@@ -118,26 +119,9 @@ pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
 impl Cold {
     /// With a layer of these files.
     pub(crate) async fn new(root: &Path, files: &[(&str, &[u8])]) -> Cold {
-        let mut tar = tar::Builder::new(Vec::new());
-        for (name, content) in files {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(content.len() as u64);
-            header.set_mode(0o644);
-            tar.append_data(&mut header, name, *content).unwrap();
-        }
-        let tar = tar.into_inner().unwrap();
-        let path = root.join("published.erofs");
-        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
-        let source = image::Source { blob: &tar[..], compression: Compression::Plain };
-        let facts = image::build(source, &file, &NothingBelow, &Limits::default(), &|| false).unwrap();
         let store = Arc::new(Slow::default());
         let content = Arc::new(content(&store));
-        let chain = ChainId(Digest::parse(&format!("sha256:{}", "a".repeat(64))).unwrap());
-        let request = PublishRequest { image: &file, facts: &facts, chains: &[chain] };
-        let published = content.publish(request, &|_| {}, &CancellationToken::new()).await.unwrap();
-        let index = Arc::new(content.index(published.index).await.unwrap());
-        let bytes = std::fs::read(&path).unwrap();
-        std::fs::remove_file(&path).unwrap();
+        let (index, bytes) = publish(root, &content, files).await;
         let files = Arc::new(LayerStore::open(root, Attacher::untried(root)).unwrap());
         let layers = cold_layers(&files, &content);
         Cold { store, index, bytes, files, layers }
@@ -153,17 +137,54 @@ impl Cold {
         cold_layers(files, &Arc::new(content(&self.store)))
     }
 
+    /// The same with so much room.
+    pub(crate) fn with_room(&self, limit: u64) -> Arc<ColdLayers> {
+        let content = Arc::new(content(&self.store));
+        Arc::new(ColdLayers::new(supply(&self.files, &content)).with_allowance(Allowance::new(Some(limit))))
+    }
+
     /// The layer under this serial, with its metadata here, as a hit leaves it.
     pub(crate) async fn begin(&self, serial: u64) -> Arc<speedy::layer::cold::Cold> {
+        self.begin_in(&self.layers, serial).await
+    }
+
+    pub(crate) async fn begin_in(&self, layers: &ColdLayers, serial: u64) -> Arc<speedy::layer::cold::Cold> {
         self.files.write_index(serial, &self.index.encode()).unwrap();
         self.files.create(serial).unwrap();
-        let cold = self.layers.open(serial, || Some(Arc::clone(&self.index))).unwrap();
+        let cold = layers.open(serial, || Some(Arc::clone(&self.index))).unwrap();
         cold.fetch(self.index.metadata_places()).await.unwrap();
         cold
     }
 }
 
-fn content(store: &Arc<Slow>) -> ContentStore {
+/// Puts a layer of these files on the store: its index, and the whole layer image.
+pub(crate) async fn publish(
+    root: &Path,
+    content: &ContentStore,
+    files: &[(&str, &[u8])],
+) -> (Arc<LayerIndex>, Vec<u8>) {
+    let mut tar = tar::Builder::new(Vec::new());
+    for (name, content) in files {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(content.len() as u64);
+        header.set_mode(0o644);
+        tar.append_data(&mut header, name, *content).unwrap();
+    }
+    let tar = tar.into_inner().unwrap();
+    let path = root.join("published.erofs");
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+    let source = image::Source { blob: &tar[..], compression: Compression::Plain };
+    let facts = image::build(source, &file, &NothingBelow, &Limits::default(), &|| false).unwrap();
+    let chain = ChainId(Digest::parse(&format!("sha256:{}", "a".repeat(64))).unwrap());
+    let request = PublishRequest { image: &file, facts: &facts, chains: &[chain] };
+    let published = content.publish(request, &|_| {}, &CancellationToken::new()).await.unwrap();
+    let index = Arc::new(content.index(published.index).await.unwrap());
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    (index, bytes)
+}
+
+pub(crate) fn content(store: &Arc<Slow>) -> ContentStore {
     let chunks = Arc::new(Merged::new(Verified::new(Below(Arc::clone(store)))));
     let key = PublisherKey::from_seed([1; 32]);
     let objects = Objects::memory();
@@ -171,6 +192,10 @@ fn content(store: &Arc<Slow>) -> ContentStore {
 }
 
 fn cold_layers(files: &Arc<LayerStore>, content: &Arc<ContentStore>) -> Arc<ColdLayers> {
+    Arc::new(ColdLayers::new(supply(files, content)))
+}
+
+pub(crate) fn supply(files: &Arc<LayerStore>, content: &Arc<ContentStore>) -> Supply {
     let (layers, content) = (Arc::clone(files), Arc::clone(content));
-    Arc::new(ColdLayers::new(Supply { layers, local: Arc::default(), content, counts: Arc::default() }))
+    Supply { layers, local: Arc::default(), content, counts: Arc::default() }
 }

@@ -248,3 +248,152 @@ fn what_was_read_first_elsewhere_is_fetched_first() {
         assert!(layer.is_complete());
     });
 }
+
+/// What the file of a layer takes.
+fn taken(node: &Cold, serial: u64) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(node.files.part(serial)).unwrap().blocks() * 512
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Read(u64, u64),
+    Together(Vec<(u64, u64)>),
+    Evict(u64),
+    Fill,
+    Restart,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let range = || (0_u64..1800, 1_u64..300);
+    let step = prop_oneof![
+        6 => range().prop_map(|(start, length)| Step::Read(start, length)),
+        3 => proptest::collection::vec(range(), 2..9).prop_map(Step::Together),
+        3 => (1_u64..4 << 20).prop_map(Step::Evict),
+        1 => Just(Step::Fill),
+        1 => Just(Step::Restart),
+    ];
+    proptest::collection::vec(step, 1..20)
+}
+
+/// Reads while chunks are given up, while all is filled, with less room than the layer has, in one process after the other: always
+/// the layer's bytes, and never more on the disk than there is room for, but for metadata and fills.
+#[test]
+fn what_is_given_up_meanwhile_is_fetched_again() {
+    proptest!(ProptestConfig::with_cases(24), |(steps in steps(), limit in 1_u64..6)| {
+        let dir = tempfile::tempdir().unwrap();
+        runtime().block_on(async {
+            let node = some_layer(dir.path()).await;
+            let mut layers = node.with_room(limit << 20);
+            let mut layer = node.begin_in(&layers, 7).await;
+            let size = node.bytes.len() as u64;
+            let at_blocks = |(start, length): (u64, u64)| {
+                let start = (start * 4096).min(size - 4096);
+                start..(start + length * 4096).min(size)
+            };
+            let mut is_filled = false;
+            for step in steps {
+                match step {
+                    Step::Read(start, length) => {
+                        let range = at_blocks((start, length));
+                        prop_assert!(read(&layer, range.clone()).await == at(&node.bytes, &range));
+                    }
+                    Step::Together(ranges) => {
+                        let allowance = Arc::clone(layers.allowance());
+                        let evict = tokio::task::spawn_blocking(move || (0..8).map(|_| allowance.make_room(300_000)).sum::<u64>());
+                        let ranges: Vec<_> = ranges.into_iter().map(at_blocks).collect();
+                        let all = join_all(ranges.iter().map(|range| read(&layer, range.clone()))).await;
+                        evict.await.unwrap();
+                        for (range, bytes) in ranges.iter().zip(all) {
+                            prop_assert!(bytes == at(&node.bytes, range), "{range:?}");
+                        }
+                    }
+                    Step::Evict(bytes) => drop(layers.allowance().make_room(bytes)),
+                    Step::Fill => {
+                        layer.fill().await.unwrap();
+                        is_filled = true;
+                    }
+                    Step::Restart => {
+                        layers = node.with_room(limit << 20);
+                        let before = layers.allowance().estimate();
+                        layers.allowance().correct(before, taken(&node, 7));
+                        let index = Arc::clone(&node.index);
+                        layer = layers.open(7, || Some(index)).unwrap();
+                    }
+                }
+            }
+            prop_assert!(read(&layer, 0..size).await == node.bytes);
+            let metadata: u64 = node.index.metadata_chunks().map(|(_, chunk)| u64::from(chunk.length)).sum();
+            prop_assert!(is_filled || taken(&node, 7) <= (limit << 20) + metadata);
+            Ok(())
+        })?;
+    });
+}
+
+#[test]
+fn what_is_read_is_kept_and_what_is_not_is_given_up() {
+    runtime().block_on(async {
+        let dir = tempfile::tempdir().unwrap();
+        let node = some_layer(dir.path()).await;
+        let layers = node.with_room(u64::MAX);
+        let layer = node.begin_in(&layers, 7).await;
+        layer.fill().await.unwrap();
+        let (start, chunk) = node.index.chunk(2);
+        let read_often = start..start + u64::from(chunk.length);
+        // The hand comes by once and finds that everything was read.
+        layers.allowance().make_room(1);
+        read(&layer, read_often.clone()).await;
+        let before = taken(&node, 7);
+        let freed = layers.allowance().make_room(2 << 20);
+        assert!((2 << 20..4 << 20).contains(&freed));
+        assert!(taken(&node, 7) <= before - freed);
+        let gets = node.store.gets.load(Ordering::SeqCst);
+        assert!(read(&layer, read_often.clone()).await == at(&node.bytes, &read_often));
+        assert_eq!(node.store.gets.load(Ordering::SeqCst), gets, "what was read of late is still here");
+        assert!(read(&layer, 0..node.bytes.len() as u64).await == node.bytes);
+        assert!(node.store.gets.load(Ordering::SeqCst) > gets);
+        assert_eq!(layers.allowance().punched(), layer.progress.evicted.load(Ordering::SeqCst));
+    });
+}
+
+#[test]
+fn what_is_held_is_not_given_up() {
+    runtime().block_on(async {
+        let dir = tempfile::tempdir().unwrap();
+        let node = some_layer(dir.path()).await;
+        let layers = node.with_room(u64::MAX);
+        let layer = node.begin_in(&layers, 7).await;
+        layer.fill().await.unwrap();
+        let held = layer.hold();
+        assert_eq!(layers.allowance().make_room(u64::MAX), 0);
+        drop(held);
+        assert!(layers.allowance().make_room(u64::MAX) > 0);
+        // Metadata stays.
+        let (start, chunk) = node.index.metadata_chunks().last().unwrap();
+        assert!(layer.read_now(start..start + u64::from(chunk.length)).is_some());
+    });
+}
+
+/// After a failed fsync the kernel takes pages for clean that the disk does not have: they may be other bytes at the next read.
+#[test]
+fn nothing_is_read_from_a_file_that_cannot_be_synced() {
+    use std::os::unix::fs::FileExt;
+    runtime().block_on(async {
+        let dir = tempfile::tempdir().unwrap();
+        let node = some_layer(dir.path()).await;
+        let layer = node.begin(7).await;
+        layer.fill().await.unwrap();
+        layer.distrust();
+        for (offset, chunk) in node.index.chunks() {
+            layer.file().write_all_at(&vec![0xff; chunk.length as usize], offset).unwrap();
+        }
+        assert!(!layer.is_complete());
+        assert!(read(&layer, 0..node.bytes.len() as u64).await == node.bytes);
+        assert!(read(&layer, 0..node.bytes.len() as u64).await == node.bytes);
+        layer.fill().await.unwrap_err();
+        // Nor by the next process.
+        let index = Arc::clone(&node.index);
+        let later = node.again().open(7, || Some(index)).unwrap();
+        assert!(read(&later, 0..node.bytes.len() as u64).await == node.bytes);
+    });
+}

@@ -83,8 +83,16 @@ fn keeper_aborts_the_connection_when_no_daemon_comes_back() {
     drop(daemon);
     let answer = over.recv_timeout(PATIENCE).unwrap();
     assert!(answer.is_err());
-    let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
-    assert!(log.contains("gave up what was kept") && log.contains("aborted"), "{log}");
+    // The reader may hear of it before it is written down.
+    let told = Instant::now();
+    loop {
+        let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
+        if log.contains("gave up what was kept") && log.contains("aborted") {
+            break;
+        }
+        assert!(told.elapsed() < PATIENCE, "{log}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     child.kill().unwrap();
     child.wait().unwrap();
     // The keeper mounts the list where the system has not; the machine is left as it was.

@@ -10,6 +10,7 @@ mod circular;
 #[path = "../cold/mod.rs"]
 mod cold;
 mod crash;
+mod disk;
 mod extract;
 mod image;
 mod keeper;

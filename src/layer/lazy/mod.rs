@@ -27,9 +27,10 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::LayerError;
-use super::cold::Cold;
+use super::allowance::Allowance;
+use super::cold::{Cold, Means};
 use super::fill::Supply;
-use super::gate::{Gate, Held};
+use super::gate::Held;
 use super::presence::Presence;
 use super::work::Work;
 use crate::content::index::{IndexDigest, LayerIndex, Limits};
@@ -79,8 +80,7 @@ pub fn kernel_repeats() -> std::io::Result<bool> {
 /// The layer images that are not wholly here.
 #[derive(Debug)]
 pub struct ColdLayers {
-    supply: Supply,
-    gate: Arc<Gate>,
+    means: Means,
     work: Arc<Work>,
     open: Mutex<HashMap<u64, Arc<Cold>>>,
     touches: Arc<Touches>,
@@ -89,13 +89,26 @@ pub struct ColdLayers {
 impl ColdLayers {
     /// None is open yet.
     pub fn new(supply: Supply) -> ColdLayers {
-        let (gate, work, open, touches) = (Arc::default(), Arc::default(), Mutex::default(), Arc::default());
-        ColdLayers { supply, gate, work, open, touches }
+        let allowance = Arc::new(Allowance::new(None));
+        let means = Means { supply, gate: Arc::default(), allowance };
+        let (work, open, touches) = (Arc::default(), Mutex::default(), Arc::default());
+        ColdLayers { means, work, open, touches }
+    }
+
+    /// The same with so much room.
+    pub fn with_allowance(mut self, allowance: Allowance) -> ColdLayers {
+        self.means.allowance = Arc::new(allowance);
+        self
+    }
+
+    /// What they may take.
+    pub fn allowance(&self) -> &Arc<Allowance> {
+        &self.means.allowance
     }
 
     /// What chunks are had from.
     pub fn supply(&self) -> &Supply {
-        &self.supply
+        &self.means.supply
     }
 
     /// What is read of them.
@@ -105,7 +118,7 @@ impl ColdLayers {
 
     /// Fills of these fetch only what readers will want next, as long as the answer lives.
     pub fn hold(&self, serials: Vec<u64>) -> Held {
-        self.gate.hold(serials)
+        self.means.gate.hold(serials)
     }
 
     /// The layer image of this serial with this index, opened if it is not. Blocking.
@@ -118,10 +131,29 @@ impl ColdLayers {
         if let Some(cold) = open.get(&serial) {
             return Ok(Arc::clone(cold));
         }
-        let index = index().ok_or_else(|| LayerError::Missing(self.supply.layers.image(serial)))?;
-        let cold = Arc::new(Cold::open(serial, index, self.supply.clone(), Arc::clone(&self.gate))?);
+        let index = index().ok_or_else(|| LayerError::Missing(self.means.supply.layers.image(serial)))?;
+        let cold = self.open_new(serial, index)?;
         open.insert(serial, Arc::clone(&cold));
         Ok(cold)
+    }
+
+    fn open_new(&self, serial: u64, index: Arc<LayerIndex>) -> Result<Arc<Cold>, LayerError> {
+        let cold = Arc::new(Cold::open(serial, index, self.means.clone())?);
+        self.means.allowance.register(&cold);
+        Ok(cold)
+    }
+
+    /// Another beginning of the layer image of this serial, with nothing in it, in a file of its own beside the complete one.
+    /// Nobody reads it before [`ColdLayers::put`]. Blocking.
+    pub fn begin_beside(&self, serial: u64, index: Arc<LayerIndex>) -> Result<Arc<Cold>, LayerError> {
+        let cold = Arc::new(Cold::begin(serial, index, self.means.clone())?);
+        self.means.allowance.register(&cold);
+        Ok(cold)
+    }
+
+    /// From now on this is what is read of its serial.
+    pub fn put(&self, cold: &Arc<Cold>) {
+        self.open.lock().insert(cold.serial(), Arc::clone(cold));
     }
 
     /// The tasks that fetch, and reads under way.
@@ -141,7 +173,7 @@ impl ColdLayers {
 
     /// By what lies beside it on the disk, which the map vouches for.
     fn by_files(&self, serial: u64) -> Option<Arc<Cold>> {
-        let store = &self.supply.layers;
+        let store = &self.means.supply.layers;
         let opened = self.open(serial, || {
             let bytes = store.read_index(serial)?;
             let digest = *IndexDigest::of(&bytes).as_bytes();

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::{BROKEN, Fill, FillError, How, Layers, MOST_BROKEN, State};
-use crate::content::index::IndexDigest;
+use crate::content::index::{IndexDigest, LayerIndex};
 use crate::layer::LayerError;
 use crate::layer::cold::Cold;
 use crate::snapshot::SnapshotError;
@@ -47,6 +47,13 @@ impl Layers {
                     self.fills.lock().remove(&serial);
                     return;
                 }
+                Err(error @ FillError::Sync(_)) => {
+                    let text = error.problem();
+                    self.filled.failed.fetch_add(1, Ordering::Relaxed);
+                    tracing::error!(serial, error = text, "a layer is not read natively");
+                    fill.state.send_replace(State::Forbidden(text.into()));
+                    return;
+                }
                 Err(error) if attempt == ATTEMPTS || self.meta.layer(serial).is_none() => {
                     let text = error.problem();
                     self.filled.failed.fetch_add(1, Ordering::Relaxed);
@@ -80,21 +87,24 @@ impl Layers {
             if self.lazy.is_some() {
                 cold.expect_readers();
             }
+            let _promise = self.wait_for_room(&cold).await;
+            // Until its file has its name, and from then on: what is punched after it was verified is zeros below a native mount.
+            let held = cold.hold();
             let began = Instant::now();
             cold.fill().await?;
             let fetched = began.elapsed();
             // Checked bytes in the page cache are as good as any for a container that starts now: only the record, which says that
             // nothing need be hashed after a crash, waits for the disk.
             fill.state.send_replace(State::Usable);
-            let (store, file) = (Arc::clone(&self.store), Arc::clone(cold.file()));
-            let written = Arc::clone(&file);
-            let path = store.image(serial);
-            blocking(move || written.sync_all().map_err(|error| LayerError::at(&path, error))).await?;
+            self.sync(&cold).await?;
             let synced = began.elapsed();
             cold.verify().await?;
             tracing::debug!(serial, ?fetched, ?synced, verified = ?began.elapsed(), "a layer is on the disk");
+            let (store, file) = (Arc::clone(&self.store), Arc::clone(cold.file()));
             blocking(move || store.complete(serial, &file)).await?;
+            held.for_good();
         }
+        self.store.remove_part(serial)?;
         self.share(serial, cold.index());
         if layer.progress == Progress::Filling {
             let bytes = |counted: &std::sync::atomic::AtomicU64| counted.load(Ordering::Relaxed);
@@ -102,10 +112,25 @@ impl Layers {
             self.meta.completed(serial, fetched, shared).await?;
         }
         self.store.remove_map(serial)?;
-        match self.is_watched(serial) {
-            // By whoever watches it, in the end.
-            true => Ok(()),
-            false => self.make_native(serial).await,
+        // One that is watched, by whoever watches it, in the end.
+        if !self.is_watched(serial) {
+            self.make_native(serial).await?;
+        }
+        self.was_repaired(serial);
+        Ok(())
+    }
+
+    /// An error means that nobody knows what the disk holds, nor will a second attempt tell: the kernel reports it once, and forgets
+    /// what it could not write.
+    async fn sync(&self, cold: &Arc<Cold>) -> Result<(), FillError> {
+        let (store, synced) = (Arc::clone(&self.store), Arc::clone(cold));
+        let sync = move || Ok::<_, LayerError>(store.sync(synced.serial(), synced.file()));
+        match blocking(sync).await? {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                cold.distrust();
+                Err(FillError::Sync(error))
+            }
         }
     }
 
@@ -115,15 +140,19 @@ impl Layers {
         if let Some(open) = cold.get(serial) {
             return Ok(open);
         }
-        let index = match self.sidecar(layer) {
-            Some(index) => index,
-            None => {
-                let digest = layer.index.ok_or(FillError::NoIndex)?;
-                cold.supply().content.index(IndexDigest::from_bytes(digest)).await?
-            }
-        };
+        let index = self.index_of(layer).await?;
         let cold = Arc::clone(cold);
         Ok(blocking(move || cold.open(serial, || Some(index.into()))).await?)
+    }
+
+    /// The layer index, from beside the image or from the store.
+    pub(super) async fn index_of(&self, layer: &LayerRecord) -> Result<LayerIndex, FillError> {
+        if let Some(index) = self.sidecar(layer) {
+            return Ok(index);
+        }
+        let cold = self.cold.as_ref().ok_or(FillError::NoStore)?;
+        let digest = layer.index.ok_or(FillError::NoIndex)?;
+        Ok(cold.supply().content.index(IndexDigest::from_bytes(digest)).await?)
     }
 
     /// A complete layer image that is attached lazily is read without us from now on.
@@ -147,7 +176,7 @@ impl Layers {
         match (device, &self.lazy) {
             (Some(device), Some(lazy)) => {
                 lazy.to_native(serial, &device, &self.store.image(serial))?;
-                self.store.cover(serial)
+                if self.must_be_switchable(serial) { Ok(()) } else { self.store.cover(serial) }
             }
             // Unmounted behind our back.
             _ => Ok(()),

@@ -45,7 +45,7 @@ impl Layers {
         }
         // After that: a fill that comes to its end meanwhile sees that nobody watches.
         for serial in free {
-            if self.meta.layer(serial).is_some_and(|layer| layer.progress == Progress::Complete)
+            if self.is_complete(serial)
                 && let Err(error) = self.make_native(serial).await
             {
                 tracing::warn!(serial, %error, "a layer stays lazy until the next start");

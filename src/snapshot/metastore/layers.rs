@@ -162,6 +162,11 @@ impl MetaStore {
         .await
     }
 
+    /// Not all bytes of this layer image are here any more.
+    pub async fn demoted(&self, serial: u64) -> Result<(), SnapshotError> {
+        self.change_layer(serial, |layer| layer.progress = Progress::Filling).await
+    }
+
     /// This layer image has this index, and is durable in the store since `published`.
     pub async fn indexed(
         &self,

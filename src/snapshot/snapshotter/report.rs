@@ -9,7 +9,7 @@ use crate::snapshot::hit::Hits;
 use crate::snapshot::layers::FillCounts;
 use crate::snapshot::metastore::{Own, Record};
 use crate::snapshot::report::{
-    LayerExplained, LayerNumbers, LayerReport, PublishState, SnapshotNumbers, TraceState,
+    DiskCounts, LayerExplained, LayerNumbers, LayerReport, PublishState, SnapshotNumbers, TraceState,
 };
 use crate::snapshot::{Key, SnapshotError};
 use crate::snapshot::{publish, remote};
@@ -36,7 +36,13 @@ impl Snapshotter {
             attached: reports.iter().filter(|layer| layer.attached).count(),
             lazy: reports.iter().filter(|layer| layer.lazy).count(),
             bytes: reports.iter().map(|layer| layer.bytes).sum(),
+            disk: self.disk_counts(),
         }
+    }
+
+    /// What was given up of layer images, checked and repaired since the daemon started.
+    pub fn disk_counts(&self) -> DiskCounts {
+        self.remote.layers.as_ref().map(|layers| layers.disk_counts()).unwrap_or_default()
     }
 
     /// What was filled since the daemon started.
