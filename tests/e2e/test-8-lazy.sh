@@ -49,10 +49,13 @@ test_lazy_starts_before_its_data() {
     took=$(milliseconds on b ctr_run --rm "$(image large)" first /bin/cat /data/hello)
     printf 'a container read its first file %d ms after the pull\n' "$took"
     ((took < 6000)) || fail "a container waited $took ms for one small file"
-    expect_equal 1 "$(lazily)" "layers that are read lazily"
+    # The layer goes from its attach point when containerd's collector comes by and nobody uses it.
+    on b ctr_start user large
+    [[ $(lazily) == 1 ]] || fail "it is not one layer that is read lazily: $(losetup -n -O NAME,BACK-FILE; on b layers)"
     link_post "link?mbit=0"
     on b expect_listing ctr large
     wait_for 60 "the layer to be native" no_lazy || fail "the layer is not native: $(losetup -n -O NAME,BACK-FILE)"
+    on b ctr_remove user
     expect_no_layers_from_registry large
     on b again_by nerdctl large >/dev/null
     on b expect_listing crictl large
