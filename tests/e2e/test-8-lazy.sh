@@ -19,6 +19,9 @@ lazy_is_possible() { ! grep -q 'layers are fetched whole before\|cannot be read 
 lazily() { losetup -n -O BACK-FILE | grep -cE '^ */[0-9]+$' || true; }
 no_lazy() { [[ $(lazily) == 0 ]]; }
 
+# layers_within SECONDS: this node's layers, when all are on its disk.
+layers_within() { timeout "$1" "$SPEEDY" layers --wait --address "$SPEEDY_ADDRESS"; }
+
 # reader_start ID NAME: a container that checks everything in the image again and again, and says so.
 reader_start() {
     ctr run --snapshotter "${ON:-$SNAPSHOTTER}" --log-uri "file://$W/reader-$1" -d "$(image "$2")" "$1" /bin/sh -c '
@@ -52,7 +55,9 @@ test_lazy_starts_before_its_data() {
     # The layer goes from its attach point when containerd's collector comes by and nobody uses it.
     on b ctr_start user large
     [[ $(lazily) == 1 ]] || fail "it is not one layer that is read lazily: $(losetup -n -O NAME,BACK-FILE; on b layers)"
+    ! on b layers_within 0.5 >/dev/null || fail "layers --wait did not wait"
     link_post "link?mbit=0"
+    on b layers_within 60 | grep -w complete
     on b expect_listing ctr large
     wait_for 60 "the layer to be native" no_lazy || fail "the layer is not native: $(losetup -n -O NAME,BACK-FILE)"
     on b ctr_remove user
