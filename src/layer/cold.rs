@@ -34,9 +34,9 @@ use super::LayerError;
 use super::allowance::Allowance;
 use super::fill::{FillProgress, Supplier, Supply};
 use super::gate::{Gate, Urgency};
-use super::presence::{self, Earlier, Presence};
+use super::presence::{Earlier, Presence};
 use crate::chunk::{ChunkId, ChunkRef};
-use crate::content::index::{IndexDigest, LayerIndex};
+use crate::content::index::LayerIndex;
 use crate::sys::blocking;
 use crate::sys::extent;
 
@@ -132,11 +132,7 @@ impl Cold {
             store.remove_map(serial)?;
             file.set_len(size).map_err(io)?;
         }
-        let digest = IndexDigest::of(&index.encode());
-        let boot = presence::boot_id().map_err(io)?;
-        let map = store.open_map(serial)?;
-        let (presence, earlier) =
-            Presence::open(&map, digest.as_bytes(), index.chunks().len(), boot).map_err(io)?;
+        let (presence, earlier) = store.presence(serial, &index)?;
         let earlier = if is_new { Earlier::Believed } else { earlier };
         Ok(Cold::with(serial, index, means, file, Some((presence, earlier))))
     }

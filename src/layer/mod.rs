@@ -42,9 +42,11 @@ pub mod presence;
 mod trial;
 pub mod work;
 
+use crate::content::index::{IndexDigest, LayerIndex};
 use crate::sys::space::{self, Space};
 use crate::sys::{decimal, lease};
 use attach::Attacher;
+use presence::{Earlier, Presence};
 
 /// How the name of a file ends that is of use to nobody once its maker is gone.
 const TEMPORARY: &str = ".tmp";
@@ -198,6 +200,15 @@ impl LayerStore {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         options.open(&path).map_err(|error| LayerError::at(&path, error))
+    }
+
+    /// Which chunks of the layer image with this index are there, by its map, and what that is worth.
+    pub fn presence(&self, serial: u64, index: &LayerIndex) -> Result<(Presence, Earlier), LayerError> {
+        let io = |error| LayerError::at(&self.map(serial), error);
+        let digest = IndexDigest::of(&index.encode());
+        let boot = presence::boot_id().map_err(io)?;
+        let map = self.open_map(serial)?;
+        Presence::open(&map, digest.as_bytes(), index.chunks().len(), boot).map_err(io)
     }
 
     /// A complete layer image needs no map. Of no consequence if it fails.

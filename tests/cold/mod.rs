@@ -157,12 +157,8 @@ impl Cold {
     }
 }
 
-/// Puts a layer of these files on the store: its index, and the whole layer image.
-pub(crate) async fn publish(
-    root: &Path,
-    content: &ContentStore,
-    files: &[(&str, &[u8])],
-) -> (Arc<LayerIndex>, Vec<u8>) {
+/// A layer's tar with these files.
+pub(crate) fn tar_of(files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
     for (name, content) in files {
         let mut header = tar::Header::new_gnu();
@@ -170,7 +166,16 @@ pub(crate) async fn publish(
         header.set_mode(0o644);
         tar.append_data(&mut header, name, *content).unwrap();
     }
-    let tar = tar.into_inner().unwrap();
+    tar.into_inner().unwrap()
+}
+
+/// Puts a layer of these files on the store: its index, and the whole layer image.
+pub(crate) async fn publish(
+    root: &Path,
+    content: &ContentStore,
+    files: &[(&str, &[u8])],
+) -> (Arc<LayerIndex>, Vec<u8>) {
+    let tar = tar_of(files);
     let path = root.join("published.erofs");
     let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
     let source = image::Source { blob: &tar[..], compression: Compression::Plain };

@@ -14,11 +14,10 @@ use std::time::Duration;
 
 use super::{FillError, How, Layers};
 use crate::content::ContentError;
-use crate::content::index::{IndexDigest, LayerIndex};
+use crate::content::index::LayerIndex;
 use crate::layer::LayerError;
 use crate::layer::cold::Cold;
 use crate::layer::lazy::{self, ColdLayers};
-use crate::layer::presence::{self, Presence};
 use crate::snapshot::SnapshotError;
 use crate::snapshot::metastore::{LayerRecord, Origin, Progress};
 use crate::snapshot::stock::blocking;
@@ -219,14 +218,9 @@ impl Layers {
         damaged: &[usize],
     ) -> Result<(), LayerError> {
         let store = &self.store;
-        let io = |error| LayerError::at(&store.part(serial), error);
-        let encoded = index.encode();
-        store.write_index(serial, &encoded)?;
+        store.write_index(serial, &index.encode())?;
         store.remove_map(serial)?;
-        let digest = IndexDigest::of(&encoded);
-        let boot = presence::boot_id().map_err(io)?;
-        let map = store.open_map(serial)?;
-        let (map, _) = Presence::open(&map, digest.as_bytes(), index.chunks().len(), boot).map_err(io)?;
+        let (map, _) = store.presence(serial, index)?;
         for at in (0..index.chunks().len()).filter(|at| !damaged.contains(at)) {
             map.set(at);
         }

@@ -152,17 +152,7 @@ impl Image {
     }
 }
 
-/// A layer's tar with these files.
-pub(super) fn layer(files: &[(&str, &[u8])]) -> Vec<u8> {
-    let mut tar = tar::Builder::new(Vec::new());
-    for (name, content) in files {
-        let mut header = tar::Header::new_gnu();
-        header.set_size(content.len() as u64);
-        header.set_mode(0o644);
-        tar.append_data(&mut header, name, *content).unwrap();
-    }
-    tar.into_inner().unwrap()
-}
+pub(super) use crate::cold::tar_of as layer;
 
 pub(super) fn build(path: &Path, layer: &[u8], below: &dyn Below) -> Facts {
     let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
