@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+mod check;
 mod file;
 mod key;
 mod show;
@@ -36,8 +37,8 @@ mod tests;
 
 pub use file::toml_to_json;
 pub use value::{
-    ByteSize, DriverKind, LayerSharing, LazyMode, LogFormat, LogLevel, Percent, PublishPolicy, StoreUrl,
-    Timespan, TraceMode, TrustMode,
+    ByteSize, DriverKind, FileSystem, LayerSharing, LazyMode, LogFormat, LogLevel, Percent, PoolMode,
+    PublishPolicy, StoreUrl, Timespan, TraceMode, TrustMode,
 };
 
 use key::{Given, KEYS, Key, Problem};
@@ -65,13 +66,22 @@ pub struct Config {
     pub driver: DriverKind,
     /// Where remote layers come from; empty for nowhere.
     pub store: StoreUrl,
-    /// The loopback address that answers `/metrics`.
-    #[serde(serialize_with = "show::metrics")]
+    /// Patterns of the names of images that are to be here whole before they start, and to stay.
+    pub pin: Vec<String>,
+    /// The loopback address of the status page and of the metrics.
+    #[serde(serialize_with = "show::address")]
     pub metrics: Option<SocketAddr>,
+    /// The loopback address that answers as a registry while the real one is away.
+    #[serde(serialize_with = "show::address")]
+    pub registry: Option<SocketAddr>,
     /// What is logged and how.
     pub log: LogConfig,
     /// The overlayfs driver.
     pub overlayfs: OverlayfsConfig,
+    /// The driver of thin devices.
+    pub thin: ThinConfig,
+    /// The pool of thin devices.
+    pub pool: PoolConfig,
     /// The removal of what snapshots leave behind.
     pub cleanup: CleanupConfig,
     /// The use of layers that are already on this node.
@@ -84,6 +94,8 @@ pub struct Config {
     pub scrub: ScrubConfig,
     /// Putting layers on the store.
     pub publish: PublishConfig,
+    /// Which images the store keeps.
+    pub gc: GcConfig,
     /// Whose layers are taken.
     pub trust: TrustConfig,
 }
@@ -104,6 +116,38 @@ pub struct OverlayfsConfig {
     pub mount_options: Vec<String>,
     /// Whether `Stat` and `List` show the upper directory of a snapshot as a label.
     pub upperdir_label: bool,
+}
+
+/// The driver of thin devices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ThinConfig {
+    /// Where it keeps its records beside another driver; empty where it has the main root, or is not used.
+    pub root: PathBuf,
+    /// The snapshotter's name in containerd, where it is beside another driver.
+    pub name: String,
+    /// What each device is formatted with.
+    pub fs: FileSystem,
+    /// How large each is.
+    pub size: ByteSize,
+    /// Options added to every mount that is written to.
+    pub mount_options: Vec<String>,
+    /// Whether the blocks of a removed snapshot are discarded below the pool.
+    pub discard: bool,
+}
+
+/// The pool of thin devices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PoolConfig {
+    /// Where its blocks are.
+    pub mode: PoolMode,
+    /// Of a pool in files: how large.
+    pub size: ByteSize,
+    /// Of a pool on devices: where the data are.
+    pub data: PathBuf,
+    /// Of a pool on devices: where the metadata are.
+    pub metadata: PathBuf,
+    /// The share of it that is kept free.
+    pub reserve: Percent,
 }
 
 /// The removal of what snapshots leave behind.
@@ -155,6 +199,8 @@ pub struct ScrubConfig {
     pub rate: ByteSize,
     /// How long one that was checked is left alone.
     pub every: Timespan,
+    /// How much of the store is read again each second; 0 for nothing.
+    pub store: ByteSize,
 }
 
 /// Putting layers on the store.
@@ -162,6 +208,13 @@ pub struct ScrubConfig {
 pub struct PublishConfig {
     /// Which.
     pub policy: PublishPolicy,
+}
+
+/// What `speedy gc` goes by.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct GcConfig {
+    /// Rules for the names of images.
+    pub keep: Vec<String>,
 }
 
 /// Whose layers are taken from the store.
@@ -182,9 +235,26 @@ impl Default for Config {
             containerd: "/run/containerd/containerd.sock".into(),
             driver: DriverKind::Overlayfs,
             store: StoreUrl::default(),
+            pin: Vec::new(),
             metrics: None,
+            registry: None,
             log: LogConfig { level: LogLevel::Info, format: LogFormat::Auto },
             overlayfs: OverlayfsConfig { mount_options: Vec::new(), upperdir_label: false },
+            thin: ThinConfig {
+                root: PathBuf::new(),
+                name: "speedy-thin".into(),
+                fs: FileSystem::Ext4,
+                size: ByteSize::from_gib(10),
+                mount_options: vec!["discard".into()],
+                discard: true,
+            },
+            pool: PoolConfig {
+                mode: PoolMode::Loop,
+                size: ByteSize::from_gib(100),
+                data: PathBuf::new(),
+                metadata: PathBuf::new(),
+                reserve: Percent::new(10),
+            },
             cleanup: CleanupConfig { time_limit: Timespan::from_secs(30) },
             layers: LayersConfig {
                 share: LayerSharing::Isolated,
@@ -202,8 +272,13 @@ impl Default for Config {
                 lazy: LazyMode::Auto,
                 traces: TraceMode::Auto,
             },
-            scrub: ScrubConfig { rate: ByteSize::from_mib(8), every: Timespan::from_secs(7 * 24 * 3600) },
+            scrub: ScrubConfig {
+                rate: ByteSize::from_mib(8),
+                every: Timespan::from_secs(7 * 24 * 3600),
+                store: ByteSize::from_kib(0),
+            },
             publish: PublishConfig { policy: PublishPolicy::Auto },
+            gc: GcConfig { keep: Vec::new() },
             trust: TrustConfig { mode: TrustMode::Keys, keys: Vec::new() },
         }
     }
@@ -228,6 +303,8 @@ pub struct Flags {
     pub store: Option<String>,
     /// `--metrics`
     pub metrics: Option<String>,
+    /// `--registry`
+    pub registry: Option<String>,
     /// `--trust`
     pub trust: Option<String>,
 }
@@ -245,6 +322,7 @@ impl Flags {
             ("log.level", "--log-level", word(&self.log_level)),
             ("store", "--store", word(&self.store)),
             ("metrics", "--metrics", word(&self.metrics)),
+            ("registry", "--registry", word(&self.registry)),
             ("trust.mode", "--trust", word(&self.trust)),
         ]
         .into_iter()

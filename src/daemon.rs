@@ -25,7 +25,8 @@ use crate::driver::overlay::{Overlay, OverlayOptions};
 use crate::driver::{Driver, DriverError, probe};
 use crate::keeper::circular::{self, Circular};
 use crate::layer::LayerError;
-use crate::service::{self, About, ServeError, Served};
+use crate::registry::RegistryError;
+use crate::service::{self, About, ServeError, Served, Shown};
 use crate::snapshot::SnapshotError;
 use crate::snapshot::apply::Applier;
 use crate::snapshot::layers::Layers;
@@ -34,14 +35,18 @@ use crate::snapshot::reconcile::Room;
 use crate::snapshot::snapshotter::{Policy, Sharing, Snapshotter, UpperdirLabel};
 use crate::sys::lock::{self, FileLock};
 use crate::sys::socket::{self, Bound, SocketError};
-use crate::sys::space;
+use crate::sys::{host, space};
 use crate::telemetry::Metrics;
 
 use keeping::Keeping;
+use ports::Ports;
 
 mod keeping;
 mod levels;
+mod ports;
 pub mod remote;
+mod store_scrub;
+mod thin;
 
 /// How often, and after which time each, the lock of a predecessor that was killed is asked for.
 const DYING_TRIES: u32 = 100;
@@ -78,6 +83,9 @@ pub enum DaemonError {
         #[source]
         source: std::io::Error,
     },
+    /// Settings that do not go together.
+    #[error("{0}")]
+    Settings(String),
     /// The records cannot be used.
     #[error(transparent)]
     Meta(#[from] MetaError),
@@ -105,6 +113,9 @@ pub enum DaemonError {
     /// Serving failed.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// The registry port cannot be used.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     /// The system refused something else.
     #[error("{0}")]
     Io(#[from] std::io::Error),
@@ -120,23 +131,24 @@ pub async fn run(
     // What containers wait for comes first; all that follows may wait for them.
     let store = remote::open_store(config)?;
     let root = root.locked().await?;
-    let driver = open_driver(config)?;
-    let meta = Arc::new(MetaStore::open(&config.root, config.driver.as_str())?);
+    let (driver, meta) = open_driver(config).await?;
     let blobs = Blobs::new(config.containerd.clone());
     let composed = remote::compose(config, &meta, &blobs, store)?;
-    let keeping = composed.keeping.clone();
     let about = about(config, &composed);
-    let (layers, objects) = (composed.remote.layers.clone(), composed.objects.clone());
+    let (layers, content) = (composed.remote.layers.clone(), composed.remote.content.clone());
+    let (keeping, scrubber) = (composed.keeping.clone(), composed.scrubber.clone());
+    let scrubbed = composed.objects.clone().zip(Some(scrubber.clone()));
     let limits = remote::limits(config);
     let applier = Applier::new(Arc::clone(&meta), Arc::clone(&driver), layers.clone(), limits, &config.root);
     let snapshotter =
         Arc::new(Snapshotter::new(Arc::clone(&meta), driver, applier, composed.remote, policy(config)));
     snapshotter.start().await.map_err(DaemonError::Recover)?;
 
-    let metrics = Metrics::new(levels::read(&snapshotter, &meta, objects, &config.root));
-    let metrics_port = bind_metrics(config).await?;
-    // The port as it was given: a configured 0 takes any.
-    let metrics_address = metrics_port.as_ref().and_then(|port| port.local_addr().ok());
+    let beside = thin::open_beside(config, policy(config)).await?;
+    let ports = Ports::open(config, content).await?;
+    let metrics = Metrics::new(levels::read(&snapshotter, &meta, scrubbed, &config.root, ports.mirror()));
+    let (metrics_address, registry_address) = ports.addresses();
+    let about = Arc::new(About { mirror: ports.mirror_state(), ..about });
     let bound = match inherited {
         Some(listener) => Bound::inherited(listener)?,
         None => socket::listen(&config.address)?,
@@ -146,24 +158,23 @@ pub async fn run(
     let background_stop = CancellationToken::new();
     let _stop_on_error = background_stop.clone().drop_guard();
     spawn_work(&background, &snapshotter, config, &background_stop);
-    if let Some(keeping) = keeping.clone() {
-        background.spawn(keeping.watch(background_stop.clone()));
-    }
-    if let Some(port) = metrics_port {
-        background.spawn(show_metrics(port, metrics.clone(), background_stop.clone()));
-    }
+    let volumes = beside.as_ref().map(|beside| beside.serve(config, &background, &background_stop));
+    scrubber.map(|scrubber| background.spawn(scrubber.run(background_stop.clone())));
+    keeping.clone().map(|keeping| background.spawn(keeping.watch(background_stop.clone())));
+    let shown = Shown { metrics: metrics.clone(), snapshotter: snapshotter.clone(), about: about.clone() };
+    ports.serve(&background, shown, &background_stop);
     background.close();
 
     let calls = TaskTracker::new();
-    let listener = bound.listener.try_clone()?;
-    let served = Served { snapshotter, blobs, about, metrics, tasks: calls.clone() };
-    let serving = service::serve(listener, served, stop.clone());
+    let served = Served { snapshotter, beside: volumes, blobs, about, metrics, tasks: calls.clone() };
+    let serving = service::serve(bound.listener.try_clone()?, served, stop.clone());
     notify(sd_notify::NotifyState::Ready);
     let counts = meta.counts();
     tracing::info!(
         address = %config.address.display(),
         root = %config.root.display(),
         metrics = metrics_address.map(tracing::field::display),
+        registry = registry_address.map(tracing::field::display),
         snapshots = counts.views + counts.active + counts.committed,
         to_free = counts.removing,
         "ready"
@@ -176,23 +187,10 @@ pub async fn run(
     if let Some(layers) = layers {
         end_lazy(&layers, keeping.as_deref()).await;
     }
-    tokio::task::spawn_blocking(move || meta.close()).await.map_err(std::io::Error::other)?;
+    thin::close(meta, beside).await?;
     drop(root);
     tracing::info!("stopped");
     served
-}
-
-async fn bind_metrics(config: &Config) -> Result<Option<tokio::net::TcpListener>, ServeError> {
-    match config.metrics {
-        Some(address) => service::bind_metrics(address).await.map(Some),
-        None => Ok(None),
-    }
-}
-
-async fn show_metrics(port: tokio::net::TcpListener, metrics: Metrics, stop: CancellationToken) {
-    if let Err(error) = service::serve_metrics(port, metrics, stop).await {
-        tracing::error!(%error, "metrics are no longer served");
-    }
 }
 
 /// What containers still read through us waits for the next process; if there is nothing, nobody need wait for it.
@@ -220,7 +218,7 @@ fn spawn_work(
             watching.images_changed();
         }
         Noticed::Gone => watching.containerd_is(None),
-        Noticed::Removal => watching.hurry(),
+        Noticed::Removal => watching.removed(),
         Noticed::Image => watching.images_changed(),
     };
     background.spawn(containerd::events::watch(config.containerd.clone(), tell, stop.clone()));
@@ -260,11 +258,18 @@ fn notify(state: sd_notify::NotifyState<'_>) {
     }
 }
 
-fn open_driver(config: &Config) -> Result<Arc<dyn Driver>, DaemonError> {
+/// The storage of a root with its records. What of the two can be tried without the other comes first.
+async fn open_driver(config: &Config) -> Result<(Arc<dyn Driver>, Arc<MetaStore>), DaemonError> {
+    let open = || MetaStore::open(&config.root, config.driver.as_str()).map(Arc::new);
     match config.driver {
         DriverKind::Overlayfs => {
             let mount_options = probe::overlay_options(&config.root, &config.overlayfs.mount_options)?;
-            Ok(Arc::new(Overlay::open(&config.root, OverlayOptions { mount_options })?))
+            let driver = Overlay::open(&config.root, OverlayOptions { mount_options })?;
+            Ok((Arc::new(driver), open()?))
+        }
+        DriverKind::Thin => {
+            let meta = open()?;
+            Ok((thin::open(config, &meta).await?, meta))
         }
     }
 }
@@ -292,12 +297,14 @@ fn about(config: &Config, composed: &remote::Composed) -> About {
         Some(_) => config.publish.policy.as_str(),
     };
     About {
+        node: host::name(),
         root: config.root.display().to_string(),
         layer_images: composed.layer_images.clone(),
         lazy: composed.lazy.clone(),
         traces: composed.traces,
         publish_policy: publish_policy.to_owned(),
         store: Box::new(remote::store_state(config, composed)),
+        mirror: Box::new(|| None),
         free_bytes: Box::new(move || space::free_bytes(&root).unwrap_or(0)),
     }
 }

@@ -12,7 +12,7 @@
 //! | 7 assembly | [`cli`], [`daemon`], [`config`] | arguments, composition, settings |
 //! | 6 wire | [`service`] | gRPC in, codes out |
 //! | 5 domain | [`snapshot`] | use cases, records, filters, reconcile |
-//! | 4 mechanisms | [`driver`], [`layer`] | where bytes live on this node: snapshots, layer images |
+//! | 4 mechanisms | [`driver`], [`layer`], [`registry`] | where bytes live on this node: snapshots, layer images; a registry's answers while it is away |
 //! | 3 content | [`content`] | layers on the object store: indexes, refs, publishing |
 //! | 2 pieces | [`chunk`], [`image`] | where layer images are cut and how they are stored; how a tar becomes one |
 //! | 1 servers | [`object`], [`containerd`], [`keeper`] | the object store, containerd, the process that keeps descriptors |
@@ -41,6 +41,7 @@ pub mod keeper;
 pub mod layer;
 pub mod object;
 pub mod oci;
+pub mod registry;
 pub mod service;
 pub mod snapshot;
 pub mod sys;

@@ -13,13 +13,20 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer as _};
 
 mod levels;
+mod recent;
 
 use levels::LevelCollector;
+use recent::Recent;
+
 pub use levels::{LayerLevels, Levels, PublishLevels, StoreLevels, Timing, TraceLevels};
+pub use recent::{Fault, recent_faults};
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,13 +68,15 @@ where
         LogFormat::Json => false,
         LogFormat::Auto => std::io::stderr().is_terminal(),
     };
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
     // Where standard error is a pipe that nobody reads any more, the report of that would itself fail, and end us.
-    let logs = logs.log_internal_errors(false);
-    let started = match human {
-        true => logs.with_target(false).with_ansi(std::io::stderr().is_terminal()).try_init(),
-        false => logs.json().flatten_event(true).with_current_span(true).with_span_list(false).try_init(),
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer).log_internal_errors(false);
+    let lines = match human {
+        true => lines.with_target(false).with_ansi(std::io::stderr().is_terminal()).boxed(),
+        false => lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed(),
     };
+    // Faults are remembered even where the log is told to keep quiet about them.
+    let logs = tracing_subscriber::registry().with(lines.with_filter(filter));
+    let started = logs.with(Recent.with_filter(LevelFilter::WARN)).try_init();
     started.map_err(|_| TelemetryError::Twice)
 }
 

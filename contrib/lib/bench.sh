@@ -53,6 +53,31 @@ publish_names() {
     done
 }
 
+# publish_behind_link NAME...: the images are on a store in Ceph, published by the first node, which has nothing more to do then. ENDPOINT is
+# the store's, KEY the publisher's; registry and store are behind one link.
+publish_behind_link() {
+    local name
+    for name in "$@"; do step "Make and push $name" push_image "$name"; done
+    step "Start Ceph" start_store
+    ENDPOINT=${AWS_ENDPOINT_URL#http://}
+    start_link -registry "127.0.0.1:0=$REGISTRY" -listen "127.0.0.1:0=$ENDPOINT"
+    publish_to "$SPEEDY_STORE" "$@"
+}
+
+# publish_to STORE NAME...: by the first node, which is stopped then. KEY is the publisher's.
+publish_to() {
+    quiet_collector
+    start_speedy --store "$1"
+    start_containerd "$CONTAINERD_VERSION"
+    step "Pull and publish on the first node" publish_names "${@:2}"
+    KEY=$(own_key)
+    daemon_stop containerd
+    daemon_stop speedy
+}
+
+# own_key: this node's, as other nodes trust it.
+own_key() { "$SPEEDY" trust --root "$SPEEDY_ROOT" --address "$SPEEDY_ADDRESS" | grep -oE 'ed25519:[A-Za-z0-9+/=_-]+' | head -n 1; }
+
 # start_behind_link STORE-ENDPOINT KEY: this node.
 start_behind_link() {
     local address

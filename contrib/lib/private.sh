@@ -101,8 +101,13 @@ log: { level: warn }
 storage: { filesystem: { rootdirectory: $W/registry } }
 http: { addr: "$REGISTRY" }
 END
-    OTEL_TRACES_EXPORTER=none daemon registry "$(tool_path "registry-$REGISTRY_VERSION")/registry" serve "$W/registry.yml"
+    run_registry
     registry_host "$REGISTRY"
+}
+
+# run_registry: on the port that it has.
+run_registry() {
+    OTEL_TRACES_EXPORTER=none daemon registry "$(tool_path "registry-$REGISTRY_VERSION")/registry" serve "$W/registry.yml"
     wait_for 10 "the registry" curl -sf "http://$REGISTRY/v2/"
 }
 

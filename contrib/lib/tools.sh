@@ -147,7 +147,8 @@ rust_is_good() {
 
 # need_rust: checks cargo and rustc, or gets them where a package manager has them new enough.
 need_rust() {
-    need_packages gcc libc6-dev ca-certificates
+    # The last three are for the thin driver, whose crate reads the kernel's header through libclang.
+    need_packages gcc libc6-dev ca-certificates pkg-config libdevmapper-dev libclang-dev
     PATH=$PATH:$HOME/.cargo/bin
     rust_is_good && return 0
     if command -v rustup >/dev/null || apt-cache show rustup >/dev/null 2>&1; then

@@ -136,6 +136,13 @@ pub fn declared_length(stored: &[u8]) -> Option<u32> {
     Some(u32::from_le_bytes(length)).filter(|length| *length <= MAX_CHUNK)
 }
 
+/// Whether the stored form of a chunk of this length can have this size; of any chunk, if the length is not known.
+pub fn can_have(size: u64, length: Option<u32>) -> bool {
+    let Some(length) = length.map(u64::from) else { return (HEADER as u64 + 1..=LONGEST).contains(&size) };
+    let header = HEADER as u64;
+    size == header + length || (header + 1..=header + length - length / 20).contains(&size)
+}
+
 /// Memory for the bytes of a chunk. It is used again: the kernel takes longer to give new pages than zstd to fill them.
 #[derive(Debug)]
 struct Plain(Vec<u8>);

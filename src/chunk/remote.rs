@@ -16,18 +16,18 @@ use crate::object::{ObjectError, Objects, Touched, layout};
 #[derive(Debug, Clone)]
 pub struct Remote {
     objects: Objects,
-    now: fn() -> SystemTime,
+    now: Option<fn() -> SystemTime>,
 }
 
 impl Remote {
     /// On this store.
     pub fn new(objects: Objects) -> Remote {
-        Remote::by_clock(objects, SystemTime::now)
+        Remote { objects, now: None }
     }
 
     /// The same with another idea of what time it is.
     pub fn by_clock(objects: Objects, now: fn() -> SystemTime) -> Remote {
-        Remote { objects, now }
+        Remote { objects, now: Some(now) }
     }
 
     async fn stored(&self, id: ChunkId) -> Result<Bytes, ChunkError> {
@@ -41,9 +41,32 @@ impl Remote {
         }
     }
 
+    /// Reads a chunk only to see whether it is right, without memory of its length where none is known; answers its stored size.
+    pub async fn examine(&self, id: ChunkId, length: Option<u32>) -> Result<u64, ChunkError> {
+        let stored = self.stored(id).await?;
+        let size = stored.len() as u64;
+        self.check(id, length, stored).await.map(|()| size)
+    }
+
+    /// Whether this is a stored form of the chunk.
+    async fn check(&self, id: ChunkId, length: Option<u32>, stored: Bytes) -> Result<(), ChunkError> {
+        let length = length.or_else(|| codec::declared_length(&stored));
+        let length = length.ok_or(CodecError::Header).map_err(corrupt(id))?;
+        let is_it = move || codec::decode(&stored, length).map(|plain| ChunkId::of(&plain) == id);
+        match apart(length as usize, is_it).await.map_err(store(id))?.map_err(corrupt(id))? {
+            true => Ok(()),
+            false => {
+                Err(ChunkError::Corrupt { id, problem: format!("its {length} bytes have another hash") })
+            }
+        }
+    }
+
     fn is_young(&self, modified: i64) -> bool {
-        let now = (self.now)().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        u64::try_from(modified).unwrap_or(0).saturating_add(RENEWED.as_secs()) >= now.as_secs()
+        let now = self.now.map_or_else(
+            || u64::try_from(self.objects.now()).unwrap_or(0),
+            |now| now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs(),
+        );
+        u64::try_from(modified).unwrap_or(0).saturating_add(RENEWED.as_secs()) >= now
     }
 }
 
@@ -121,13 +144,7 @@ impl ChunkSink for Remote {
             Touched::Unsupported => {}
         }
         let stored = self.stored(id).await?;
-        let length = codec::declared_length(&stored).ok_or(CodecError::Header).map_err(corrupt(id))?;
-        let same = stored.clone();
-        let check = move || codec::decode(&same, length).map(|plain| ChunkId::of(&plain) == id);
-        if !apart(length as usize, check).await.map_err(store(id))?.map_err(corrupt(id))? {
-            let problem = format!("its {length} bytes have another hash");
-            return Err(ChunkError::Corrupt { id, problem });
-        }
+        self.check(id, None, stored.clone()).await?;
         self.objects.put(&name, stored).await.map_err(store(id))
     }
 }
@@ -147,11 +164,6 @@ impl ChunkPrune for Remote {
     }
 
     async fn delete(&self, id: ChunkId, young_from: i64) -> Result<Deletion, ChunkError> {
-        let name = layout::chunk(id.as_bytes());
-        match self.objects.stat(&name).await.map_err(store(id))? {
-            None => Ok(Deletion::Absent),
-            Some(info) if info.modified >= young_from => Ok(Deletion::Young),
-            Some(_) => self.objects.delete(&name).await.map(|()| Deletion::Deleted).map_err(store(id)),
-        }
+        self.objects.delete_unless_young(&layout::chunk(id.as_bytes()), young_from).await.map_err(store(id))
     }
 }

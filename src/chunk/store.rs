@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{ChunkError, ChunkId, ChunkRef};
+pub use crate::object::Deletion;
 
 /// Reading chunks.
 #[async_trait]
@@ -42,17 +43,6 @@ pub struct Stored {
     pub size: u64,
     /// When it was written or renewed last, seconds since 1970 UTC by the store's clock.
     pub modified: i64,
-}
-
-/// What came of a deletion.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Deletion {
-    /// It is gone.
-    Deleted,
-    /// Nothing was there.
-    Absent,
-    /// Somebody has renewed it: it stays.
-    Young,
 }
 
 /// Deleting chunks.

@@ -19,7 +19,9 @@ use crate::proto::containerd::services::containers::v1::GetContainerRequest;
 use crate::proto::containerd::services::containers::v1::containers_client::ContainersClient;
 use crate::proto::speedy::v1::control_client::ControlClient;
 use crate::proto::speedy::v1::{ExplainRequest, LayersRequest, Report, StatusRequest};
-use crate::snapshot::report::{DiskCounts, LayerExplained, LayerReport, StatusReport, TraceState};
+use crate::snapshot::report::{
+    DiskCounts, LayerExplained, LayerReport, MirrorState, StatusReport, TraceState,
+};
 
 /// How often a daemon is asked that is waited for.
 const LOOK: Duration = Duration::from_millis(50);
@@ -193,6 +195,7 @@ fn status_text(status: &StatusReport) -> String {
             line("trust", trust_text(&store.trust, &store.keys));
         }
     }
+    line("mirror", mirror_text(status.mirror.as_ref()));
     line("traces", traces_text(&status.traces));
     let publish = &status.publish;
     line(
@@ -237,6 +240,19 @@ fn disk_text(disk: &DiskCounts) -> String {
     )
 }
 
+fn mirror_text(mirror: Option<&MirrorState>) -> String {
+    let Some(MirrorState { address, served, absent, reachable, failed, malformed }) = mirror else {
+        return "none; `speedy serve --registry ADDR` answers while a registry is away".to_owned();
+    };
+    let wrong = match (failed, malformed) {
+        (0, 0) => String::new(),
+        _ => format!(", {failed} failed, {malformed} were no requests"),
+    };
+    format!(
+        "{address}: {served} served, {absent} not on the store, {reachable} left to a registry that answers{wrong}"
+    )
+}
+
 fn trust_text(mode: &str, keys: &[String]) -> String {
     match mode {
         "any" => "ANY: layers of everybody who can write to the store are mounted here".into(),
@@ -266,20 +282,12 @@ fn layers_text(layers: &[LayerReport]) -> String {
             bytes(layer.fetched),
             bytes(layer.shared),
             layer.snapshots,
-            attached(layer),
+            layer.mounted(),
             yes(layer.published)
         )
         .expect("writing to a string does not fail");
     }
     out
-}
-
-fn attached(layer: &LayerReport) -> &'static str {
-    match (layer.attached, layer.lazy) {
-        (false, _) => "no",
-        (true, true) => "lazy",
-        (true, false) => "native",
-    }
 }
 
 fn explain_text(what: &str, layers: &[LayerExplained]) -> String {
@@ -297,7 +305,7 @@ fn explain_text(what: &str, layers: &[LayerExplained]) -> String {
                     ),
                     _ => "made here from the pulled blob".to_owned(),
                 };
-                let (size, how) = (bytes(image.bytes), attached(image));
+                let (size, how) = (bytes(image.bytes), image.mounted());
                 let (state, percent) = (&image.state, image.percent);
                 write!(
                     text,

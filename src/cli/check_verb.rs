@@ -12,7 +12,12 @@ pub(super) fn run(
     containerd_config: Option<&Path>,
     json: bool,
 ) -> anyhow::Result<ExitCode> {
-    let store = check::store::report(&effective.config.root);
+    let mut store = check::store::report(&effective.config.root);
+    if !effective.config.thin.root.as_os_str().is_empty() {
+        let thin = check::store::report(&effective.config.thin.root);
+        store.findings.extend(thin.findings);
+        store.detail["thin"] = thin.detail;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(check::run(&effective.config, containerd_config, store));
     let text = match json {

@@ -11,8 +11,14 @@ use crate::telemetry;
 mod ask;
 pub mod check;
 mod check_verb;
+mod fetch;
+mod fsck;
+mod gc;
+mod hosts;
+mod images;
 mod keeper;
 mod kernel_call;
+mod long;
 mod publish;
 mod serve;
 mod show_config;
@@ -60,6 +66,34 @@ enum Verb {
     /// Takes the image from containerd, from an OCI image layout or from an archive of `docker save`; works without the daemon.
     /// Returns when everything is durable. What the store has already is not uploaded again.
     Publish(publish::Arguments),
+    /// Fetch an image's blobs from its registry into containerd's content store
+    ///
+    /// An image that was started from the store has none of its layers' blobs: what copies the image (push, save, convert, another
+    /// snapshotter) misses them. This has containerd fetch what it lacks, with its own configuration of registries; the image, its
+    /// snapshots and its containers stay as they are. For example:
+    ///
+    ///     speedy fetch --namespace k8s.io registry.example/app:1
+    #[command(verbatim_doc_comment)]
+    Fetch(fetch::Arguments),
+    /// Delete from the store what no image needs
+    ///
+    /// Images are what names in the store say; the rules `gc.keep` of the configuration say which names go. Says what would be deleted;
+    /// deletes with --execute, after reading names and refs a second time, and only what is older than the grace period. Safe beside
+    /// nodes that publish and pull, and beside other collections. Run it again if it was interrupted.
+    ///
+    /// The chunks of a layer are kept for one more grace period after its ref went, for nodes that have just begun to fetch it.
+    Gc(gc::Arguments),
+    /// List the images in the store: their bytes, what they share, when they were used, whether they are complete
+    Images(images::Arguments),
+    /// Look for everything on the store, and of this node's layer images, that is missing or damaged
+    ///
+    /// Reads every object (--quick: only asks for it), names what is wrong and which layers and images it touches. --repair brings back what this
+    /// node or its containerd has; run it on several nodes if one does not have everything. May run at any time, beside daemons,
+    /// publishers and collections.
+    ///
+    /// Exits with 0 if everything is sound (or was repaired), with 1 if something is missing or damaged, and with 2 if that cannot be
+    /// told: the store does not answer or refuses, or a newer Speedy wrote to it.
+    Fsck(fsck::Arguments),
     /// Print this node's public key, and the line that another node needs to use what this one publishes
     Trust {
         #[command(flatten)]
@@ -69,7 +103,10 @@ enum Verb {
         json: bool,
     },
     /// Print the effective configuration and where each value came from
+    #[command(args_conflicts_with_subcommands = true)]
     Config {
+        #[command(subcommand)]
+        what: Option<ConfigVerb>,
         #[command(flatten)]
         settings: Settings,
         /// Print JSON
@@ -127,6 +164,30 @@ enum Verb {
     Man,
 }
 
+#[derive(Debug, Subcommand)]
+enum ConfigVerb {
+    /// Print the hosts.toml with which containerd starts a registry's images while the registry cannot be reached
+    ///
+    /// The registry itself is asked first; only while it does not answer, or answers that it has failed, this node's `registry`
+    /// port gives what the store knows. For example:
+    ///
+    ///     speedy config hosts docker.io > /etc/containerd/certs.d/docker.io/hosts.toml
+    #[command(verbatim_doc_comment)]
+    Hosts {
+        #[command(flatten)]
+        settings: Settings,
+        /// The registry, as references begin with it: docker.io, registry.example:5000
+        #[arg(value_name = "REGISTRY")]
+        name: String,
+        /// It speaks HTTP without TLS; those on this machine are taken to do so
+        #[arg(long)]
+        plain_http: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
 /// Settings that every verb understands. Each has its key in the configuration file and its environment variable; flags win
 /// over the environment, that over the file, that over the defaults (see `speedy config`).
 #[derive(Debug, Default, Args)]
@@ -149,9 +210,13 @@ struct Settings {
     /// Where layers come from and go to: file:///DIR, s3://BUCKET/PREFIX [key: store; default: none]
     #[arg(long, value_name = "URL")]
     store: Option<String>,
-    /// Serve Prometheus metrics on this loopback address, such as 127.0.0.1:9890 [key: metrics; default: none]
+    /// Serve a status page and Prometheus metrics on this loopback address, such as 127.0.0.1:9890 [key: metrics; default: none]
     #[arg(long, value_name = "ADDR")]
     metrics: Option<String>,
+    /// Answer for registries that cannot be reached on this loopback address, such as 127.0.0.1:5051, to any local process
+    /// [key: registry; default: none]
+    #[arg(long, value_name = "ADDR")]
+    registry: Option<String>,
     /// Whose layers are taken from the store: keys or any [key: trust.mode; default: keys]
     #[arg(long, value_name = "WHO")]
     trust: Option<String>,
@@ -172,6 +237,7 @@ impl Settings {
             log_level: self.log_level,
             store: self.store,
             metrics: self.metrics,
+            registry: self.registry,
             trust: self.trust,
         }
     }
@@ -194,8 +260,21 @@ pub fn run() -> ExitCode {
         Verb::Publish(mut arguments) => {
             arguments.take_settings().load().and_then(|effective| publish::run(&effective, &arguments))
         }
+        Verb::Fetch(mut arguments) => {
+            arguments.take_settings().load().and_then(|effective| fetch::run(&effective, &arguments))
+        }
+        Verb::Gc(mut arguments) => {
+            arguments.take_settings().load().and_then(|effective| gc::run(&effective, &arguments))
+        }
+        Verb::Images(mut arguments) => {
+            arguments.take_settings().load().and_then(|effective| images::run(&effective, arguments))
+        }
+        Verb::Fsck(arguments) => fsck::run(arguments),
         Verb::Trust { settings, json } => settings.load().and_then(|effective| trust::run(&effective, json)),
-        Verb::Config { settings, json } => {
+        Verb::Config { what: Some(ConfigVerb::Hosts { settings, name, plain_http, json }), .. } => {
+            settings.load().and_then(|effective| hosts::run(&effective, &name, plain_http, json))
+        }
+        Verb::Config { what: None, settings, json } => {
             settings.load().and_then(|effective| show_config::run(&effective, json))
         }
         Verb::Status { settings, json } => {
@@ -255,12 +334,16 @@ fn print_man() -> anyhow::Result<ExitCode> {
     let mut page = Vec::new();
     let command = Cli::command();
     clap_mangen::Man::new(command.clone()).section("8").render(&mut page)?;
-    for verb in command.get_subcommands().filter(|verb| verb.get_name() != "help") {
+    for verb in command.get_subcommands() {
         let title = format!("speedy {}", verb.get_name());
-        let man = clap_mangen::Man::new(verb.clone().name(title)).section("8");
-        man.render_description_section(&mut page)?;
-        man.render_synopsis_section(&mut page)?;
-        man.render_options_section(&mut page)?;
+        let below = verb.get_subcommands().map(|verb| (format!("{title} {}", verb.get_name()), verb));
+        let verbs = std::iter::once((title.clone(), verb)).chain(below);
+        for (title, verb) in verbs.filter(|(_, verb)| verb.get_name() != "help") {
+            let man = clap_mangen::Man::new(verb.clone().name(title)).section("8");
+            man.render_description_section(&mut page)?;
+            man.render_synopsis_section(&mut page)?;
+            man.render_options_section(&mut page)?;
+        }
     }
     std::io::stdout().write_all(&page)?;
     Ok(ExitCode::SUCCESS)

@@ -1,8 +1,9 @@
 //! `speedy publish`: an image's layers to the store, without the daemon.
 
+use std::collections::HashSet;
 use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,8 +14,8 @@ use clap::Args;
 use self::show::{Meter, Shown};
 use self::source::Source;
 use self::work::{Present, Work};
-use super::Settings;
-use super::{ask, trust};
+use super::{Settings, ask, long, namespace_or_default, trust};
+use crate::chunk::ChunkId;
 use crate::chunk::merged::Merged;
 use crate::chunk::remote::Remote;
 use crate::chunk::verified::Verified;
@@ -29,17 +30,13 @@ mod archive;
 mod layout;
 mod name;
 mod show;
-mod source;
+pub(super) mod source;
 #[cfg(test)]
 mod tests;
 mod work;
 
-/// The environment variable in which ctr and nerdctl look for the namespace.
-const NAMESPACE: &str = "CONTAINERD_NAMESPACE";
 /// How long a store that is away is waited for, in each call: somebody is watching, and nothing is lost by going on later.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// How long reads that nobody waits for any more may take at the end.
-const END: Duration = Duration::from_secs(1);
 
 /// The arguments of `speedy publish`.
 #[derive(Debug, Args)]
@@ -79,18 +76,9 @@ impl Arguments {
 
 pub(super) fn run(effective: &Effective, arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let start = Instant::now();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let published = runtime.block_on(async {
-        tokio::select! {
-            published = publish(effective, arguments, start) => published,
-            interrupted = tokio::signal::ctrl_c() => {
-                interrupted?;
-                bail!("interrupted; what was uploaded stays, run it again to go on")
-            }
-        }
-    });
-    runtime.shutdown_timeout(END);
-    writeln!(io::stdout(), "{}", published?)?;
+    let then = "what was uploaded stays, run it again to go on";
+    let published = long::run(publish(effective, arguments, start), then)?;
+    writeln!(io::stdout(), "{published}")?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -112,8 +100,7 @@ async fn publish(effective: &Effective, arguments: &Arguments, start: Instant) -
         (Some(layout), _) => Source::layout(layout)?,
         (None, Some(archive)) => Source::archive(archive)?,
         (None, None) => {
-            let set = std::env::var(NAMESPACE).ok().filter(|namespace| !namespace.is_empty());
-            let namespace = arguments.namespace.clone().or(set).unwrap_or_else(|| "default".to_owned());
+            let namespace = namespace_or_default(arguments.namespace.clone());
             Source::containerd(&config.containerd, &namespace).await?
         }
     };
@@ -139,7 +126,7 @@ async fn publish(effective: &Effective, arguments: &Arguments, start: Instant) -
 }
 
 /// The configuration, with the store and the root of the running daemon where no store is configured.
-async fn with_store(config: &Config) -> anyhow::Result<Config> {
+pub(super) async fn with_store(config: &Config) -> anyhow::Result<Config> {
     let mut config = config.clone();
     if !config.store.is_empty() {
         return Ok(config);
@@ -147,7 +134,7 @@ async fn with_store(config: &Config) -> anyhow::Result<Config> {
     let running = ask::running(&config.address).await;
     let Some((store, root)) = running.and_then(|status| Some((status.store?.url, status.root))) else {
         bail!(
-            "no store to publish to: give --store file:///DIR or s3://BUCKET/PREFIX, set `store` in the configuration, or name \
+            "no store is configured: give --store file:///DIR or s3://BUCKET/PREFIX, set `store` in the configuration, or name \
              a running daemon that has one with --address"
         );
     };
@@ -156,11 +143,64 @@ async fn with_store(config: &Config) -> anyhow::Result<Config> {
     Ok(config)
 }
 
-fn open_store(config: &Config) -> anyhow::Result<ContentStore> {
+/// The objects of the configured store, for somebody who watches and waits.
+pub(super) fn open_objects(config: &Config) -> anyhow::Result<Objects> {
+    Ok(open_impatient(config)?.patient(PATIENCE))
+}
+
+/// The same for somebody who is told soon that it does not answer.
+pub(super) fn open_impatient(config: &Config) -> anyhow::Result<Objects> {
     let options = StoreOptions { settings: StoreSettings::from_env(), ..StoreOptions::default() };
-    let objects = Objects::open(config.store.as_str(), &options)?.patient(PATIENCE);
+    Ok(Objects::open(config.store.as_str(), &options)?)
+}
+
+fn open_store(config: &Config) -> anyhow::Result<ContentStore> {
+    content_store(config, &open_objects(config)?, Arc::default())
+}
+
+/// Layers on this store, signed with this node's key; `doubted` chunks are written although they are there.
+pub(super) fn content_store(
+    config: &Config,
+    objects: &Objects,
+    doubted: Arc<HashSet<ChunkId>>,
+) -> anyhow::Result<ContentStore> {
+    let objects = objects.clone();
     let chunks = Arc::new(Merged::new(Verified::new(Remote::new(objects.clone()))));
     let key = trust::own_key(&config.root)?;
     let parts = Parts { objects, chunks, key, trust: daemon::remote::trust(config) };
-    Ok(ContentStore::new(parts, Options::default()))
+    Ok(ContentStore::new(parts, Options { doubted, ..Options::default() }))
+}
+
+/// An image of containerd that is published once more, for a repair.
+pub(super) struct Again<'a> {
+    pub(super) config: &'a Config,
+    pub(super) content: Arc<ContentStore>,
+    pub(super) namespace: &'a str,
+    pub(super) reference: &'a str,
+    pub(super) platform: &'a str,
+    pub(super) temp: &'a Path,
+}
+
+impl Again<'_> {
+    /// All of it, whatever the store says it has.
+    pub(super) async fn run(self) -> anyhow::Result<()> {
+        let platform = Platform::parse(self.platform)?;
+        let mut source = Source::containerd(&self.config.containerd, self.namespace).await?;
+        let found = source.image(self.reference, &platform).await;
+        let done = match found {
+            Ok(image) => {
+                let meter = Arc::new(Meter::new(&image, true));
+                let (store, temp, limits) =
+                    (self.content, self.temp.to_owned(), daemon::remote::limits(self.config));
+                let present = Present::PublishAgain;
+                let work = Work { store, source, image, temp, present, limits, meter };
+                let done = work.run().await;
+                source = work.source;
+                done.map(drop)
+            }
+            Err(error) => Err(error),
+        };
+        source.end().await;
+        done
+    }
 }

@@ -11,17 +11,19 @@
 //! When it fails: a [`Problem`], which the caller joins with the key, the place and what is accepted. It never
 //! repeats a value that may hold a secret.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::check::{
+    device_path, keep_rules, loopback, mount_options, patterns, plugin_name, root_path, size_from,
+    size_or_none, socket_path, time_limit, trusted_keys,
+};
 use super::value::{
-    ByteSize, DriverKind, LayerSharing, LazyMode, LogFormat, LogLevel, Percent, PublishPolicy, StoreUrl,
-    Timespan, TraceMode, TrustMode,
+    ByteSize, DriverKind, FileSystem, LayerSharing, LazyMode, LogFormat, LogLevel, Percent, PoolMode,
+    PublishPolicy, StoreUrl, Timespan, TraceMode, TrustMode,
 };
 use super::{Config, FILE_VARIABLE, PREFIX, show};
-use crate::content::trust::PublicKey;
 
 /// One row of the table.
 pub(super) struct Key {
@@ -59,7 +61,8 @@ pub(super) enum Problem {
     Value(String),
 }
 
-fn value(reason: impl Into<String>) -> Problem {
+/// A [`Problem`] with the value itself.
+pub(super) fn value(reason: impl Into<String>) -> Problem {
     Problem::Value(reason.into())
 }
 
@@ -153,7 +156,7 @@ pub(super) const KEYS: &[Key] = &[
     },
     Key {
         name: "driver",
-        accepted: "\"overlayfs\"",
+        accepted: "\"overlayfs\" or \"thin\"",
         set: |config, given| {
             DriverKind::parse(&given.text()?).map(|kind| config.driver = kind).map_err(value)
         },
@@ -167,10 +170,22 @@ pub(super) const KEYS: &[Key] = &[
         show: |config| json!(config.store),
     },
     Key {
+        name: "pin",
+        accepted: "a list of patterns of image names such as [\"registry.k8s.io/pause:*\"]",
+        set: |config, given| patterns(given.list()?).map(|pin| config.pin = pin),
+        show: |config| json!(config.pin),
+    },
+    Key {
         name: "metrics",
         accepted: "\"\" for none, or a loopback address and port such as \"127.0.0.1:9890\" or \"[::1]:9890\"",
         set: |config, given| loopback(&given.text()?).map(|address| config.metrics = address),
-        show: |config| json!(show::metrics_text(config.metrics)),
+        show: |config| json!(show::address_text(config.metrics)),
+    },
+    Key {
+        name: "registry",
+        accepted: "\"\" for none, or a loopback address and port such as \"127.0.0.1:5051\" or \"[::1]:5051\"",
+        set: |config, given| loopback(&given.text()?).map(|address| config.registry = address),
+        show: |config| json!(show::address_text(config.registry)),
     },
     Key {
         name: "log.level",
@@ -199,6 +214,88 @@ pub(super) const KEYS: &[Key] = &[
         accepted: "true or false",
         set: |config, given| given.flag().map(|flag| config.overlayfs.upperdir_label = flag),
         show: |config| json!(config.overlayfs.upperdir_label),
+    },
+    Key {
+        name: "thin.root",
+        accepted: "\"\" for none, or an absolute path other than /, without the characters : , \\ and \"",
+        set: |config, given| match given.text()? {
+            text if text.is_empty() => {
+                config.thin.root = PathBuf::new();
+                Ok(())
+            }
+            text => root_path(&text).map(|path| config.thin.root = path),
+        },
+        show: |config| json!(config.thin.root),
+    },
+    Key {
+        name: "thin.name",
+        accepted: "a name of letters, digits, \"-\", \"_\" and \".\", such as \"speedy-thin\"",
+        set: |config, given| plugin_name(&given.text()?).map(|name| config.thin.name = name),
+        show: |config| json!(config.thin.name),
+    },
+    Key {
+        name: "thin.fs",
+        accepted: FileSystem::ACCEPTED,
+        set: |config, given| FileSystem::parse(&given.text()?).map(|fs| config.thin.fs = fs).map_err(value),
+        show: |config| json!(config.thin.fs),
+    },
+    Key {
+        name: "thin.size",
+        accepted: "a size from \"16MiB\" (ext4) or \"300MiB\" (xfs) to \"16TiB\"",
+        set: |config, given| {
+            let size = size_from(ByteSize::from_mib(16), ByteSize::from_gib(16 << 10), &given.text()?);
+            size.map(|size| config.thin.size = size)
+        },
+        show: |config| json!(config.thin.size),
+    },
+    Key {
+        name: "thin.mount_options",
+        accepted: "a list of options of the file system such as [\"discard\"], without those that Speedy sets itself",
+        set: |config, given| mount_options(given.list()?).map(|list| config.thin.mount_options = list),
+        show: |config| json!(config.thin.mount_options),
+    },
+    Key {
+        name: "thin.discard",
+        accepted: "true or false",
+        set: |config, given| given.flag().map(|flag| config.thin.discard = flag),
+        show: |config| json!(config.thin.discard),
+    },
+    Key {
+        name: "pool.mode",
+        accepted: PoolMode::ACCEPTED,
+        set: |config, given| {
+            PoolMode::parse(&given.text()?).map(|mode| config.pool.mode = mode).map_err(value)
+        },
+        show: |config| json!(config.pool.mode),
+    },
+    Key {
+        name: "pool.size",
+        accepted: "a size from \"64MiB\" to \"64TiB\"",
+        set: |config, given| {
+            let size = size_from(ByteSize::from_mib(64), ByteSize::from_gib(64 << 10), &given.text()?);
+            size.map(|size| config.pool.size = size)
+        },
+        show: |config| json!(config.pool.size),
+    },
+    Key {
+        name: "pool.data",
+        accepted: "\"\" for none, or the absolute path of a block device",
+        set: |config, given| device_path(&given.text()?).map(|path| config.pool.data = path),
+        show: |config| json!(config.pool.data),
+    },
+    Key {
+        name: "pool.metadata",
+        accepted: "\"\" for none, or the absolute path of a block device",
+        set: |config, given| device_path(&given.text()?).map(|path| config.pool.metadata = path),
+        show: |config| json!(config.pool.metadata),
+    },
+    Key {
+        name: "pool.reserve",
+        accepted: "a share of the pool, from \"0%\" to \"90%\"",
+        set: |config, given| {
+            Percent::parse(&given.text()?).map(|share| config.pool.reserve = share).map_err(value)
+        },
+        show: |config| json!(config.pool.reserve),
     },
     Key {
         name: "cleanup.time_limit",
@@ -315,12 +412,27 @@ pub(super) const KEYS: &[Key] = &[
         show: |config| json!(config.scrub.every),
     },
     Key {
+        name: "scrub.store",
+        accepted: "\"0\" for off, or a size from \"64KiB\" to \"16GiB\", each second",
+        set: |config, given| {
+            let rate = size_or_none(ByteSize::from_kib(64), ByteSize::from_gib(16), &given.text()?);
+            rate.map(|rate| config.scrub.store = rate)
+        },
+        show: |config| json!(config.scrub.store),
+    },
+    Key {
         name: "publish.policy",
         accepted: PublishPolicy::ACCEPTED,
         set: |config, given| {
             PublishPolicy::parse(&given.text()?).map(|policy| config.publish.policy = policy).map_err(value)
         },
         show: |config| json!(config.publish.policy),
+    },
+    Key {
+        name: "gc.keep",
+        accepted: "a list of rules such as [\"registry.example/ci/* age<14d used<7d newest=5\"]",
+        set: |config, given| keep_rules(given.list()?).map(|rules| config.gc.keep = rules),
+        show: |config| json!(config.gc.keep),
     },
     Key {
         name: "trust.mode",
@@ -374,127 +486,11 @@ fn most_like<S: AsRef<str>>(name: &str, candidates: impl Iterator<Item = S>) -> 
         let known = tidy(candidate.as_ref());
         let whole = strsim::normalized_damerau_levenshtein(&wanted, &known);
         let tail = strsim::normalized_damerau_levenshtein(&last(&wanted), &last(&known));
-        whole.max(tail * 0.95)
+        // Where the last parts are equal the tables decide.
+        (whole.max(tail * 0.95), whole)
     };
-    candidates.max_by(|a, b| score(a).total_cmp(&score(b)))
-}
-
-fn absolute(text: &str) -> Result<PathBuf, Problem> {
-    let path = Path::new(text);
-    if text.is_empty() {
-        return Err(value("the path is empty"));
-    }
-    if !path.is_absolute() {
-        return Err(value(format!("{text:?} is a relative path")));
-    }
-    if text.chars().any(|c| c.is_control() || c == char::REPLACEMENT_CHARACTER) {
-        return Err(value(format!("{text:?} holds control characters or is not UTF-8")));
-    }
-    if path.components().any(|part| part == std::path::Component::ParentDir) {
-        return Err(value(format!("{text:?} holds \"..\"")));
-    }
-    // Components drop doubled and trailing slashes, so that one directory has one spelling.
-    Ok(path.components().collect())
-}
-
-fn root_path(text: &str) -> Result<PathBuf, Problem> {
-    let path = absolute(text)?;
-    if path.parent().is_none() {
-        return Err(value("the root directory of the system cannot be used"));
-    }
-    // Mount options are joined with commas and lower directories with colons, and readers of the options in
-    // containerd know no escapes.
-    if let Some(c) = text.chars().find(|c| matches!(c, ':' | ',' | '\\' | '"')) {
-        return Err(value(format!("{text:?} holds {c:?}, which has a meaning in mount options")));
-    }
-    Ok(path)
-}
-
-fn socket_path(text: &str) -> Result<PathBuf, Problem> {
-    /// What fits into `sun_path` with its closing zero.
-    const LONGEST: usize = 107;
-    let path = absolute(text)?;
-    let length = path.as_os_str().len();
-    if length > LONGEST {
-        return Err(value(format!("the path is {length} bytes long, a socket's is at most {LONGEST}")));
-    }
-    Ok(path)
-}
-
-fn loopback(text: &str) -> Result<Option<SocketAddr>, Problem> {
-    if text.is_empty() {
-        return Ok(None);
-    }
-    let address = match text.strip_prefix("localhost:") {
-        Some(port) => port.parse().ok().map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)),
-        None => text.parse::<SocketAddr>().ok(),
-    };
-    let address = address.ok_or_else(|| value(format!("{text:?} is not an address with a port")))?;
-    if !address.ip().is_loopback() {
-        // There is no access control on it.
-        return Err(value(format!("{address} can be reached from other machines")));
-    }
-    Ok(Some(address))
-}
-
-fn time_limit(text: &str) -> Result<Timespan, Problem> {
-    let limit = Timespan::parse(text).map_err(value)?;
-    if limit < Timespan::from_millis(1) || limit > Timespan::from_secs(3600) {
-        return Err(value(format!("{limit} is out of range")));
-    }
-    Ok(limit)
-}
-
-fn size_or_none(least: ByteSize, most: ByteSize, text: &str) -> Result<ByteSize, Problem> {
-    if text == "0" { Ok(ByteSize::from_mib(0)) } else { size_from(least, most, text) }
-}
-
-fn size_from(least: ByteSize, most: ByteSize, text: &str) -> Result<ByteSize, Problem> {
-    match ByteSize::parse(text).map_err(value)? {
-        size if size < least || size > most => Err(value(format!("{size} is out of range"))),
-        size => Ok(size),
-    }
-}
-
-fn trusted_keys(keys: Vec<String>) -> Result<Vec<String>, Problem> {
-    match keys.iter().find(|key| PublicKey::parse(key).is_err()) {
-        None => Ok(keys),
-        Some(key) => Err(value(format!("{key:?} is not a public key"))),
-    }
-}
-
-fn mount_options(options: Vec<String>) -> Result<Vec<String>, Problem> {
-    /// What Speedy decides for each mount, and what would turn an overlay mount into something else.
-    const OURS: &[&str] = &[
-        "lowerdir",
-        "lowerdir+",
-        "datadir+",
-        "upperdir",
-        "workdir",
-        "userxattr",
-        "uidmap",
-        "gidmap",
-        "ro",
-        "rw",
-        "bind",
-        "rbind",
-        "remount",
-        "loop",
-    ];
-    for (index, option) in options.iter().enumerate() {
-        let name = option.split('=').next().unwrap_or_default();
-        if name.is_empty() {
-            return Err(value("an option is empty"));
-        }
-        if option.chars().any(|c| c == ',' || c.is_whitespace() || c.is_control()) {
-            return Err(value(format!("{option:?} holds a comma or white space; give one option per item")));
-        }
-        if OURS.contains(&name) || name.to_ascii_lowercase().starts_with("x-") {
-            return Err(value(format!("{option:?} is an option that Speedy or containerd sets itself")));
-        }
-        if options.iter().take(index).any(|other| other.split('=').next() == Some(name)) {
-            return Err(value(format!("{name:?} is given twice")));
-        }
-    }
-    Ok(options)
+    candidates.max_by(|a, b| {
+        let (a, b) = (score(a), score(b));
+        a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1))
+    })
 }

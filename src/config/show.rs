@@ -69,11 +69,11 @@ fn toml_value(value: &Value) -> String {
 }
 
 /// The address as the file has it.
-pub(super) fn metrics_text(address: Option<SocketAddr>) -> String {
+pub(super) fn address_text(address: Option<SocketAddr>) -> String {
     address.map(|address| address.to_string()).unwrap_or_default()
 }
 
 /// The same, for the derived implementation.
-pub(super) fn metrics<S: Serializer>(address: &Option<SocketAddr>, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&metrics_text(*address))
+pub(super) fn address<S: Serializer>(address: &Option<SocketAddr>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&address_text(*address))
 }

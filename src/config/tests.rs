@@ -88,6 +88,7 @@ fn later_layers_win_and_say_so() {
         log_level: Some("trace".into()),
         store: Some("memory:/flag/layers.json".into()),
         metrics: Some("127.0.0.1:9890".into()),
+        registry: Some("[::1]:5051".into()),
         ..fixture.flags()
     };
     let variables =
@@ -102,6 +103,7 @@ fn later_layers_win_and_say_so() {
     assert_eq!(config.log.format, LogFormat::Json);
     assert_eq!(config.store.as_str(), "memory:/flag/layers.json");
     assert_eq!(config.metrics, Some("127.0.0.1:9890".parse().unwrap()));
+    assert_eq!(config.registry, Some("[::1]:5051".parse().unwrap()));
     assert_eq!(config.cleanup.time_limit.duration(), std::time::Duration::from_secs(30));
     let source = |key: &str| loaded.sources.get(key).unwrap().clone();
     assert_eq!(source("root"), Source::Flag("--root".into()));
@@ -121,11 +123,24 @@ fn every_key_has_a_variable() {
         ("SPEEDY_CONTAINERD", "/a/c"),
         ("SPEEDY_DRIVER", "overlayfs"),
         ("SPEEDY_STORE", ""),
+        ("SPEEDY_PIN", "*/pause:*,r.example/*"),
         ("SPEEDY_METRICS", "localhost:1"),
+        ("SPEEDY_REGISTRY", "127.0.0.1:5051"),
         ("SPEEDY_LOG_LEVEL", "debug"),
         ("SPEEDY_LOG_FORMAT", "human"),
         ("SPEEDY_OVERLAYFS_MOUNT_OPTIONS", "volatile, metacopy=on"),
         ("SPEEDY_OVERLAYFS_UPPERDIR_LABEL", "true"),
+        ("SPEEDY_THIN_ROOT", "/a/thin"),
+        ("SPEEDY_THIN_NAME", "blocks"),
+        ("SPEEDY_THIN_FS", "xfs"),
+        ("SPEEDY_THIN_SIZE", "20GiB"),
+        ("SPEEDY_THIN_MOUNT_OPTIONS", ""),
+        ("SPEEDY_THIN_DISCARD", "false"),
+        ("SPEEDY_POOL_MODE", "direct"),
+        ("SPEEDY_POOL_SIZE", "1TiB"),
+        ("SPEEDY_POOL_DATA", "/dev/vdb"),
+        ("SPEEDY_POOL_METADATA", "/dev/vdc"),
+        ("SPEEDY_POOL_RESERVE", "5%"),
         ("SPEEDY_CLEANUP_TIME_LIMIT", "2m"),
         ("SPEEDY_LAYERS_SHARE", "node"),
         ("SPEEDY_LAYERS_BUDGET", "512MiB"),
@@ -139,7 +154,9 @@ fn every_key_has_a_variable() {
         ("SPEEDY_FETCH_TRACES", "off"),
         ("SPEEDY_SCRUB_RATE", "0"),
         ("SPEEDY_SCRUB_EVERY", "24h"),
+        ("SPEEDY_SCRUB_STORE", "20MiB"),
         ("SPEEDY_PUBLISH_POLICY", "off"),
+        ("SPEEDY_GC_KEEP", "r.example/* age<14d newest=3"),
         ("SPEEDY_TRUST_MODE", "any"),
         ("SPEEDY_TRUST_KEYS", ""),
     ])
@@ -148,11 +165,18 @@ fn every_key_has_a_variable() {
     assert_eq!(loaded.config.root, Path::new("/a/b"));
     assert_eq!(loaded.config.overlayfs.mount_options, ["volatile", "metacopy=on"]);
     assert!(loaded.config.overlayfs.upperdir_label);
+    assert_eq!(loaded.config.pin, ["*/pause:*", "r.example/*"]);
     assert_eq!(loaded.config.layers.share, LayerSharing::Node);
     assert_eq!(loaded.config.limits.entries, 5000);
     assert_eq!(loaded.config.layers.limit.to_string(), "40GiB");
     assert_eq!((loaded.config.scrub.rate.bytes(), loaded.config.scrub.every.to_string()), (0, "24h".into()));
+    assert_eq!(loaded.config.scrub.store.to_string(), "20MiB");
     assert_eq!(loaded.config.metrics.unwrap().to_string(), "127.0.0.1:1");
+    assert_eq!(
+        (loaded.config.thin.fs.as_str(), loaded.config.thin.size.to_string()),
+        ("xfs", "20GiB".into())
+    );
+    assert_eq!(loaded.config.pool.metadata, Path::new("/dev/vdc"));
     let empty = with_variables(&[("SPEEDY_OVERLAYFS_MOUNT_OPTIONS", "")]).unwrap();
     assert!(empty.config.overlayfs.mount_options.is_empty());
 }
@@ -230,7 +254,7 @@ fn unknown_variables_name_the_nearest_one() {
         ("SPEEDY_ROOTS", "SPEEDY_ROOT"),
         ("SPEEDY_LOGLEVEL", "SPEEDY_LOG_LEVEL"),
         ("SPEEDY_CONFIG_FILE", "SPEEDY_CONFIG"),
-        ("SPEEDY_", "SPEEDY_ROOT"),
+        ("SPEEDY_", "SPEEDY_PIN"),
     ] {
         let effective = with_variables(&[(name, "x")]).expect(name);
         let said: Vec<String> = effective.unknown_variables.iter().map(ToString::to_string).collect();
@@ -281,7 +305,7 @@ fn bad_values_say_why_and_what_is_accepted() {
         ("address = 'speedy.sock'", "is a relative path"),
         (long.as_str(), "the path is 108 bytes long"),
         ("keeper = 'keeper.sock'", "is a relative path"),
-        ("driver = 'devicemapper'", "this build has no devicemapper driver"),
+        ("driver = 'devicemapper'", "the driver is called \"thin\""),
         ("driver = 'btrfs'", "not a driver"),
         ("store = 's3://KEY:hush@host/b'", "\"s3://***@host/b\" holds credentials"),
         ("store = 'ftp://host/b'", "no store for \"ftp://host/b\""),
@@ -289,6 +313,8 @@ fn bad_values_say_why_and_what_is_accepted() {
         ("metrics = '10.0.0.1:9890'", "other machines"),
         ("metrics = '127.0.0.1'", "not an address with a port"),
         ("metrics = 'localhost:http'", "not an address with a port"),
+        ("registry = '0.0.0.0:5051'", "other machines"),
+        ("registry = ':5051'", "not an address with a port"),
         ("[log]\nlevel = 'loud'", "\"loud\" is none of them"),
         ("[log]\nformat = 'xml'", "\"xml\" is none of them"),
         ("[layers]\nshare = 'all'", "\"all\" is none of them"),
@@ -296,6 +322,7 @@ fn bad_values_say_why_and_what_is_accepted() {
         ("[layers]\nkeep_free = '95%'", "0% to 90%"),
         ("[layers]\nlimit = '15MiB'", "out of range"),
         ("[scrub]\nrate = '1KiB'", "out of range"),
+        ("[scrub]\nstore = '1KiB'", "out of range"),
         ("[scrub]\nevery = '900ms'", "out of range"),
         ("[limits]\nsize = '1KiB'", "1KiB is out of range"),
         ("[limits]\nentries = 999", "999 is out of range"),

@@ -165,7 +165,7 @@ impl ByteSize {
     }
 
     /// Reads a whole number with a unit, or `0`.
-    pub(super) fn parse(text: &str) -> Result<ByteSize, String> {
+    pub fn parse(text: &str) -> Result<ByteSize, String> {
         if text == "0" {
             return Ok(ByteSize(0));
         }
@@ -234,12 +234,36 @@ impl Serialize for Percent {
     }
 }
 
+words! {
+    /// What thin devices are formatted with.
+    FileSystem {
+        /// ext4.
+        Ext4 = "ext4",
+        /// xfs.
+        Xfs = "xfs",
+    }
+    "\"ext4\" or \"xfs\""
+}
+
+words! {
+    /// Where a pool's blocks are.
+    PoolMode {
+        /// In sparse files below the root, to try it out.
+        Loop = "loop",
+        /// On devices of its own.
+        Direct = "direct",
+    }
+    "\"loop\" or \"direct\""
+}
+
 /// What snapshots are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DriverKind {
     /// Directories, stacked by overlayfs.
     Overlayfs,
+    /// Thin devices of a device-mapper pool.
+    Thin,
 }
 
 impl DriverKind {
@@ -247,8 +271,10 @@ impl DriverKind {
     pub(super) fn parse(word: &str) -> Result<DriverKind, String> {
         match word {
             "overlayfs" => Ok(DriverKind::Overlayfs),
+            "thin" if cfg!(feature = "devicemapper") => Ok(DriverKind::Thin),
+            "thin" => Err("this build has no devicemapper driver (cargo feature devicemapper)".into()),
             "overlay" => Err("the driver is called \"overlayfs\"".into()),
-            "devicemapper" | "devmapper" => Err("this build has no devicemapper driver".into()),
+            "devicemapper" | "devmapper" => Err("the driver is called \"thin\"".into()),
             _ => Err(format!("{word:?} is not a driver of this build")),
         }
     }
@@ -257,6 +283,7 @@ impl DriverKind {
     pub fn as_str(self) -> &'static str {
         match self {
             DriverKind::Overlayfs => "overlayfs",
+            DriverKind::Thin => "thin",
         }
     }
 }
@@ -529,7 +556,7 @@ mod tests {
     #[test]
     fn a_driver_of_a_later_build_is_named() {
         assert_eq!(DriverKind::parse("overlayfs"), Ok(DriverKind::Overlayfs));
-        assert!(DriverKind::parse("devicemapper").unwrap_err().contains("no devicemapper driver"));
+        assert!(DriverKind::parse("devicemapper").unwrap_err().contains("thin"));
         assert!(DriverKind::parse("overlay").unwrap_err().contains("overlayfs"));
         assert!(DriverKind::parse("zfs").is_err());
     }

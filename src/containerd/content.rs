@@ -34,6 +34,15 @@ pub struct BlobInfo {
     pub labels: HashMap<String, String>,
 }
 
+/// A blob that is being written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ingest {
+    /// Under which name; ends with its digest when it is fetched from a registry.
+    pub name: String,
+    /// How much of it is there.
+    pub bytes: u64,
+}
+
 impl Containerd {
     /// What is known of a blob, or `None` if this namespace does not have it.
     pub async fn blob(&self, digest: &Digest) -> Result<Option<BlobInfo>, ContainerdError> {
@@ -61,6 +70,15 @@ impl Containerd {
     pub async fn blob_of_diff(&self, diff: &Digest) -> Result<Option<BlobInfo>, ContainerdError> {
         let filter = format!("labels.\"{LABEL_UNCOMPRESSED}\"=={diff}");
         Ok(self.blobs(&filter, 1).await?.pop())
+    }
+
+    /// What is being written.
+    pub async fn ingests(&self) -> Result<Vec<Ingest>, ContainerdError> {
+        let request = proto::ListStatusesRequest { filters: Vec::new() };
+        let answer = self.blobs_client().list_statuses(self.call(request)).await?.into_inner();
+        let bytes = |number: i64| u64::try_from(number).unwrap_or(0);
+        let ingest = |status: proto::Status| Ingest { name: status.r#ref, bytes: bytes(status.offset) };
+        Ok(answer.statuses.into_iter().map(ingest).collect())
     }
 
     /// The bytes of a document, which have this digest.

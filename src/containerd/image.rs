@@ -1,5 +1,7 @@
 //! Images of containerd's image store: names and what they point at.
 
+use std::collections::HashMap;
+
 use super::manifest::{Descriptor, Document, LONGEST_DOCUMENT, Layer, Platform, Resolved, read_document};
 use super::{Containerd, ContainerdError, MESSAGE_LIMIT, found};
 use crate::oci::Digest;
@@ -17,6 +19,8 @@ pub struct Image {
     pub target: Descriptor,
     /// When it was last changed: seconds since 1970 UTC, and nanoseconds.
     pub updated: (i64, i32),
+    /// Its labels.
+    pub labels: HashMap<String, String>,
 }
 
 impl Containerd {
@@ -67,16 +71,19 @@ impl Containerd {
         image: &Image,
         platform: &Platform,
     ) -> Result<Resolved, ContainerdError> {
-        let mut target = image.target.clone();
+        let (mut target, mut documents) = (image.target.clone(), Vec::new());
         // An index names a manifest, and no index of indexes is deeper than this.
         for _ in 0..4 {
             let bytes = self.read(&target.digest, LONGEST_DOCUMENT).await?;
+            documents.push(target.digest.clone());
             match read_document(&bytes, &target.digest, platform)? {
                 Document::Index(manifest) => target = manifest,
                 Document::Manifest(manifest) => {
                     let config = self.read(&manifest.config.digest, LONGEST_DOCUMENT).await?;
                     let (layers, platform) = manifest.layers(&config)?;
-                    return Ok(Resolved { platform, manifest: target, layers });
+                    documents.push(manifest.config.digest);
+                    let (manifest, target) = (target, image.target.clone());
+                    return Ok(Resolved { platform, target, manifest, documents, layers });
                 }
             }
         }
@@ -96,7 +103,7 @@ fn image(image: proto::Image) -> Option<Image> {
         size: u64::try_from(target.size).ok()?,
     };
     let updated = image.updated_at.map_or((0, 0), |at| (at.seconds, at.nanos));
-    Some(Image { name: image.name, target, updated })
+    Some(Image { name: image.name, target, updated, labels: image.labels })
 }
 
 /// What a name may stand for, the name itself first; as docker's clients read it.

@@ -123,6 +123,20 @@ impl Platform {
         Platform { variant, ..self }
     }
 
+    /// This platform, and those whose images run on it because its processor does what an older one did; the best first.
+    pub fn and_older(&self) -> Vec<Platform> {
+        let variants = ["v8", "v7", "v6", "v5", "v4", "v3", "v2", ""];
+        let others =
+            variants.map(|variant| Platform { variant: variant.to_owned(), ..self.clone() }.normal());
+        let mut found = vec![self.clone()];
+        for other in others {
+            if self.takes(&other) && !found.contains(&other) {
+                found.push(other);
+            }
+        }
+        found
+    }
+
     /// Whether an image that is for `offered` is one for this platform.
     pub fn takes(&self, offered: &Platform) -> bool {
         self.rank(offered).is_some()
@@ -179,8 +193,12 @@ pub struct Layer {
 pub struct Resolved {
     /// As its configuration says.
     pub platform: Platform,
-    /// Its manifest.
+    /// What its name points at: an index, or the manifest.
+    pub target: Descriptor,
+    /// Its manifest; its configuration, without a media type, where there is no manifest (a docker archive).
     pub manifest: Descriptor,
+    /// The digests of its documents, from the target down to the configuration; none where there is no manifest.
+    pub documents: Vec<Digest>,
     /// Its layers, from the bottom up.
     pub layers: Vec<Layer>,
 }
@@ -415,6 +433,17 @@ mod tests {
         ] {
             assert!(Platform::parse(bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn an_older_variant_runs_on_a_newer_one() {
+        let older = |text: &str| {
+            platform(text).and_older().iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(older("linux/amd64"), "linux/amd64");
+        assert_eq!(older("linux/amd64/v3"), "linux/amd64/v3 linux/amd64/v2 linux/amd64");
+        assert!(older("linux/arm/v7").starts_with("linux/arm/v7 linux/arm/v6 linux/arm/v5"));
+        assert!(older("linux/arm64").starts_with("linux/arm64"));
     }
 
     fn manifest(layers: usize) -> Value {

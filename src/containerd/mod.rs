@@ -27,6 +27,7 @@ pub mod events;
 pub mod image;
 pub mod lease;
 pub mod manifest;
+pub mod transfer;
 
 /// The header that names the namespace of a call.
 const NAMESPACE_HEADER: &str = "containerd-namespace";

@@ -1,7 +1,7 @@
 //! Layers on the object store.
 //!
 //! **What.** [`ContentStore`] finds the layer that makes a chain ([`ContentStore::lookup`]), gives its chunks, and publishes
-//! layer images ([`publish`]) and the names of images ([`name`]). [`index`], [`mod@reference`], [`name`] and [`trace`] are the formats,
+//! layer images ([`publish`]), the names of images ([`name`]) and their documents ([`document`]). [`index`], [`mod@reference`], [`name`] and [`trace`] are the formats,
 //! [`trust`] says whose word is taken. [`below`] answers what a layer takes over from the layers below it. [`memory`] is a source of layers for trials.
 //!
 //! **Where.** Called by `snapshot`, `daemon` and `cli`; calls [`crate::chunk`], [`crate::object`] and [`crate::image`]. Knows no
@@ -12,14 +12,14 @@
 //!
 //! **Invariants.**
 //! * **C2** A ref is visible only after its index, an index only after its chunks, an image's name only after the refs of all its
-//!   layers. Each is durable before the next is written.
+//!   layers and its documents. Each is durable before the next is written.
 //! * A layer leaves [`ContentStore::lookup`] only if its ref is signed by a key that is accepted and its index has the digest
 //!   that the ref names: the signature of a ref covers index and chunks.
 //!
 //! **When it fails.** Half a publish is invisible, and repeating it uploads only what is still missing. A failure here is never
 //! containerd's problem: the caller falls back to an ordinary pull.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,29 +29,52 @@ use tokio::time::Instant;
 
 use crate::chunk::store::ChunkSink;
 use crate::chunk::{ChunkError, ChunkId, ChunkRef};
-use crate::object::{ObjectError, Objects, layout};
+use crate::object::{ObjectError, ObjectInfo, Objects, layout};
 use crate::oci::{ChainId, Digest};
 
+use self::guard::{Guard, Guards};
 use self::index::{IndexDigest, IndexError, LayerIndex, Limits};
 use self::name::{ImageName, NameError};
 use self::reference::{Ref, RefError};
 use self::trust::{PublicKey, PublisherKey, Trust};
 
 pub mod below;
+pub mod collect;
+pub mod document;
+pub mod fsck;
+pub mod guard;
 pub mod index;
+pub mod inventory;
 pub mod memory;
 pub mod name;
+pub mod notice;
+pub mod pattern;
 pub mod publish;
 pub mod reference;
+mod restore;
+pub mod survey;
 pub mod trace;
 pub mod trust;
+pub mod uses;
 
+mod buckets;
 mod cut;
+mod naming;
 
 /// How many small requests are under way at once.
 const REQUESTS: usize = 32;
+/// How many chunks a sample has: a layer of 1 GB has 4000, and a gateway answers some 1000 such requests a second. A directory is asked
+/// for all that can be asked for in that time.
+const SAMPLE: usize = 16;
+const SAMPLE_TIME: Duration = Duration::from_millis(100);
 /// The most publishers of one chain that are looked at.
 const MOST_PUBLISHERS: usize = 64;
+
+/// The longest time between a publisher's look at what is there already and the ref or name that relies on it; what takes longer looks
+/// again. [`collect`] says what it is for.
+const LONGEST_LOOK: Duration = Duration::from_secs(6 * 3600);
+/// By how much this machine's clock and the store's may differ, in seconds.
+const CLOCKS_DIFFER: u64 = 3600;
 
 /// Why a layer cannot be had or published.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +121,12 @@ pub enum ContentError {
         /// The chain of the layer.
         chain: ChainId,
     },
+    /// What is there under a document's name is something else.
+    #[error("document {digest} is damaged in the store; publish an image that has it again")]
+    DamagedDocument {
+        /// The document.
+        digest: Digest,
+    },
     /// The layer image cannot be read.
     #[error("the layer image cannot be read: {0}")]
     Image(#[source] std::io::Error),
@@ -107,6 +136,28 @@ pub enum ContentError {
         /// How one can tell.
         problem: &'static str,
     },
+    /// More objects than there can be.
+    #[error("{prefix} holds {limit} objects or more, which no store of ours does: look at who writes to it")]
+    TooMany {
+        /// Under what they are.
+        prefix: String,
+        /// The limit.
+        limit: usize,
+    },
+    /// What was written at the beginning may be too old for what is to be written at the end.
+    #[error(
+        "it took longer than a collection allows, each time; publish it again when store and network are quicker"
+    )]
+    TooSlow,
+    /// Ages cannot be told.
+    #[error("this machine's clock and the store's differ by {seconds} s: set them right, and repeat it")]
+    Clock {
+        /// By how much.
+        seconds: u64,
+    },
+    /// Other collectors are in the way.
+    #[error("other collections begin and end all the time; wait for them, and run this one again")]
+    Contended,
     /// The caller gave up.
     #[error("stopped before it was complete; repeat it to go on")]
     Cancelled,
@@ -133,10 +184,14 @@ pub struct Options {
     /// Chunks older than this are made young again when a layer with them is published: less than the time for which a
     /// collection spares what no ref names.
     pub renew_after: Duration,
+    /// Chunks that a publish writes although the store has them: what it has is damaged.
+    pub doubted: Arc<HashSet<ChunkId>>,
     /// How many chunks a publish has under way at once.
     pub uploads: usize,
     /// How many bytes of chunks a publish has in memory at once, plain.
     pub in_flight: u32,
+    /// All hold but in tests.
+    pub guards: Guards,
 }
 
 impl Default for Options {
@@ -144,8 +199,10 @@ impl Default for Options {
         Options {
             limits: Limits::default(),
             renew_after: Duration::from_secs(24 * 60 * 60),
+            doubted: Arc::default(),
             uploads: 48,
             in_flight: 32 << 20,
+            guards: Guards::default(),
         }
     }
 }
@@ -326,26 +383,39 @@ impl ContentStore {
 
     /// The index with this digest.
     pub async fn index(&self, digest: IndexDigest) -> Result<LayerIndex, ContentError> {
-        let name = layout::index(digest.as_bytes());
-        let bytes = self.parts.objects.get(&name, self.options.limits.encoded()).await?;
-        let bytes = bytes.ok_or(ContentError::MissingIndex { digest })?;
-        if IndexDigest::of(&bytes) != digest {
-            return Err(ContentError::DamagedIndex { digest });
-        }
-        Ok(LayerIndex::decode(&bytes, self.options.limits)?)
+        read_index(&self.parts.objects, digest, self.options.limits).await
     }
 
-    /// Those of these chunks that the store is found to lack, each once; does not look at their bytes. Those that were not asked
-    /// for `within` that time are taken for there: other ones each time.
+    /// Some of these chunks, other ones each time, that the store is found to lack: a ref is written after its chunks, so this only
+    /// finds a store that has lost many. Takes a moment.
+    pub async fn sample(
+        &self,
+        chunks: impl IntoIterator<Item = ChunkRef>,
+    ) -> Result<Vec<ChunkRef>, ContentError> {
+        match self.parts.objects.is_directory() {
+            true => self.lacking(chunks, usize::MAX, SAMPLE_TIME).await,
+            false => self.lacking(chunks, SAMPLE, Duration::MAX).await,
+        }
+    }
+
+    /// Those of these chunks that the store lacks, each once; does not look at their bytes.
     pub async fn missing(
         &self,
         chunks: impl IntoIterator<Item = ChunkRef>,
+    ) -> Result<Vec<ChunkRef>, ContentError> {
+        self.lacking(chunks, usize::MAX, Duration::MAX).await
+    }
+
+    async fn lacking(
+        &self,
+        chunks: impl IntoIterator<Item = ChunkRef>,
+        most: usize,
         within: Duration,
     ) -> Result<Vec<ChunkRef>, ContentError> {
         // The order of a hash map is another one each time.
         let distinct: HashMap<ChunkId, ChunkRef> =
             chunks.into_iter().map(|chunk| (chunk.id, chunk)).collect();
-        let asked = distinct.into_values().map(|chunk| {
+        let asked = distinct.into_values().take(most).map(|chunk| {
             // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
             async move {
                 let there = self.parts.chunks.contains(chunk.id).await?;
@@ -365,27 +435,6 @@ impl ContentStore {
         Ok(self.parts.chunks.get(chunk).await?)
     }
 
-    /// Writes an image's name; durable on return. Refused while a layer has no accepted ref (**C2**).
-    pub async fn publish_name(&self, image: &ImageName) -> Result<(), ContentError> {
-        let bytes = image.encode(&self.parts.key)?;
-        let asked = image.chains.clone().into_iter().map(|chain| {
-            // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
-            async move {
-                let word = self.word(&chain).await?;
-                Ok::<_, ContentError>((chain, word))
-            }
-            .boxed()
-        });
-        let mut words = stream::iter(asked).buffered(REQUESTS);
-        while let Some((chain, word)) = words.try_next().await? {
-            if !matches!(word, Word::Accepted(_)) {
-                return Err(ContentError::LayerMissing { chain });
-            }
-        }
-        drop(words);
-        Ok(self.parts.objects.put(&image.object(self.publisher()), bytes.into()).await?)
-    }
-
     /// The accepted publisher that has written exactly this name, if one has. Objects that are damaged say nothing.
     pub async fn named(&self, image: &ImageName) -> Result<Option<PublicKey>, ContentError> {
         let names: Vec<String> = match &self.parts.trust {
@@ -398,11 +447,7 @@ impl ContentStore {
             }
         };
         for name in names {
-            let bytes = match self.parts.objects.get(&name, name::LONGEST).await {
-                Err(ObjectError::TooLarge { .. }) => None,
-                got => got?,
-            };
-            match bytes.map(|bytes| ImageName::decode(&bytes, &name)) {
+            match self.read_name(&name).await? {
                 Some(Ok((said, publisher))) if said == *image => return Ok(Some(publisher)),
                 _ => {}
             }
@@ -410,17 +455,41 @@ impl ContentStore {
         Ok(None)
     }
 
+    /// What the object `name` says, if there is one.
+    async fn read_name(
+        &self,
+        name: &str,
+    ) -> Result<Option<Result<(ImageName, PublicKey), NameError>>, ContentError> {
+        let bytes = match self.parts.objects.get(name, name::LONGEST).await {
+            Err(ObjectError::TooLarge { .. }) => {
+                return Ok(Some(Err(NameError::Malformed("longer than a name is"))));
+            }
+            got => got?,
+        };
+        Ok(bytes.map(|bytes| ImageName::decode(&bytes, name)))
+    }
+
     /// The images that accepted publishers have published, in the order of their names; looks at `limit` names at most.
     pub async fn images(&self, limit: usize) -> Result<Images, ContentError> {
-        let listed = self.parts.objects.list(name::PREFIX, limit).await?;
+        let listed = self.name_objects(limit).await?;
+        self.read_names(listed).await
+    }
+
+    /// The objects that name images, whoever wrote them; `limit` of them at most.
+    pub async fn name_objects(&self, limit: usize) -> Result<Vec<ObjectInfo>, ContentError> {
+        Ok(self.parts.objects.list(name::PREFIX, limit).await?)
+    }
+
+    /// The images that these objects name, those that accepted publishers have published, in the order of their names.
+    pub async fn read_names(&self, listed: Vec<ObjectInfo>) -> Result<Images, ContentError> {
         let mut read = stream::iter(listed)
-            .map(|object| async move {
-                let bytes = match self.parts.objects.get(&object.name, name::LONGEST).await {
-                    Err(ObjectError::TooLarge { .. }) => None,
-                    got => got?,
-                };
-                let decoded = bytes.map(|bytes| ImageName::decode(&bytes, &object.name));
-                Ok::<_, ContentError>((decoded, object.modified))
+            .map(|object| {
+                // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
+                async move {
+                    let decoded = self.read_name(&object.name).await?;
+                    Ok::<_, ContentError>((decoded, object.modified))
+                }
+                .boxed()
             })
             .buffered(REQUESTS);
         let mut images = Images::default();
@@ -438,6 +507,11 @@ impl ContentStore {
         Ok(images)
     }
 
+    /// Whether a collection may be deleting just now.
+    async fn is_collected(&self) -> Result<bool, ContentError> {
+        Ok(self.options.guards.hold(Guard::Notice) && notice::is_up(&self.parts.objects).await?)
+    }
+
     /// Whether this publisher's word is taken.
     pub fn accepts(&self, publisher: &PublicKey) -> bool {
         publisher == self.publisher()
@@ -448,6 +522,20 @@ impl ContentStore {
     }
 }
 
+/// The index with this digest.
+async fn read_index(
+    objects: &Objects,
+    digest: IndexDigest,
+    limits: Limits,
+) -> Result<LayerIndex, ContentError> {
+    let bytes = objects.get(&layout::index(digest.as_bytes()), limits.encoded()).await?;
+    let bytes = bytes.ok_or(ContentError::MissingIndex { digest })?;
+    if IndexDigest::of(&bytes) != digest {
+        return Err(ContentError::DamagedIndex { digest });
+    }
+    Ok(LayerIndex::decode(&bytes, limits)?)
+}
+
 /// The 32 bytes of a digest.
 fn raw(digest: &Digest) -> [u8; 32] {
     let hex = digest.as_str().trim_start_matches("sha256:");
@@ -456,7 +544,7 @@ fn raw(digest: &Digest) -> [u8; 32] {
 }
 
 /// The digest with these 32 bytes.
-fn digest_of(bytes: &[u8; 32]) -> Digest {
+pub fn digest_of(bytes: &[u8; 32]) -> Digest {
     let text = format!("sha256:{}", blake3::Hash::from_bytes(*bytes).to_hex());
     Digest::parse(&text).expect("64 lower-case hexadecimal digits")
 }

@@ -1,17 +1,19 @@
 //! Names of images: which images the store can give whole.
 //!
-//! **What.** An [`ImageName`] says that every layer of an image is published for a platform. It is written after all of them,
-//! so that they are there; a ref may be of another publisher that this one trusts, and whoever reads the name has to trust it, too.
-//! Nothing on the way of a pull reads it; it is for tools that list what a store has.
+//! **What.** An [`ImageName`] says that every layer of an image is published for a platform, and its documents ([`super::document`])
+//! with it. It is written after all of them, so that they are there; a ref may be of another publisher that this one trusts, and
+//! whoever reads the name has to trust it, too. No snapshot waits for it; it is for tools that list what a store has, and for
+//! those who cannot reach the registry.
 //!
-//! **Format.** The message `ImageName` of `proto/speedy/v1/layer.proto`, version 1, canonical, in the object
+//! **Format.** The message `ImageName` of `proto/speedy/v1/layer.proto`, version 2, canonical, in the object
 //! `images/<2 hex>/<hash>/<key id>`, where the hash is the BLAKE3-256 of reference, a zero byte and platform. Signed is
 //!
 //! ```text
-//! "speedy image name v1" 00 | the message's bytes without the signature
+//! "speedy image name v2" 00 | the message's bytes without the signature
 //! ```
 //!
-//! A publisher that publishes the same name again (a tag that moved) replaces its own object and nobody else's.
+//! A publisher that publishes the same name again (a tag that moved) replaces its own object and nobody else's. Version 1, which
+//! had no documents, is not read.
 
 use std::fmt;
 
@@ -19,18 +21,20 @@ use prost::Message;
 
 use super::trust::{PublicKey, PublisherKey};
 use super::{digest_of, raw};
-use crate::containerd::manifest::{Descriptor, Layer, Platform};
+use crate::containerd::manifest::Resolved;
 use crate::oci::{ChainId, Digest};
 use crate::proto::speedy::v1 as wire;
 
-const FORMAT: u32 = 1;
-const CONTEXT: &str = "speedy image name v1";
+const FORMAT: u32 = 2;
+const CONTEXT: &str = "speedy image name v2";
 /// Under what all names are.
 pub(super) const PREFIX: &str = "images";
 /// The longest text of a reference, a platform or a media type, in bytes.
 const LONGEST_TEXT: usize = 1024;
 /// The most layers of an image. overlayfs takes some 500.
 const MOST_LAYERS: usize = 1024;
+/// The most documents of an image: indexes in indexes, a manifest, a configuration.
+const MOST_DOCUMENTS: usize = 8;
 /// More than any name has, in bytes.
 pub(super) const LONGEST: u64 = 64 * 1024;
 
@@ -41,10 +45,17 @@ pub struct ImageName {
     pub reference: String,
     /// For which platform, such as `linux/amd64`.
     pub platform: String,
+    /// The media type of what the reference resolves to; empty where there is no manifest.
+    pub target_media_type: String,
+    /// The digest of what the reference resolves to: an index, or the manifest.
+    pub target: Digest,
     /// The media type of its manifest; empty where there is none (a docker archive).
     pub media_type: String,
     /// The digest of its manifest, or of its configuration where there is no manifest.
     pub manifest: Digest,
+    /// The digests of its documents, all of which the store keeps, from the target down to the configuration; none where
+    /// there is no manifest.
+    pub documents: Vec<Digest>,
     /// The chains of its layers, from the bottom up.
     pub chains: Vec<ChainId>,
 }
@@ -58,6 +69,15 @@ pub enum NameError {
         /// Its version.
         found: u32,
     },
+    /// Written by an older one.
+    #[error("image name has format version {found}, which is no longer read: publish the image again")]
+    OldFormat {
+        /// Its version.
+        found: u32,
+    },
+    /// What is to be written with the name is not what it names.
+    #[error("the documents of the image are not those that its name lists: publish it again")]
+    OtherDocuments,
     /// It has a part that no image name has.
     #[error("image name is malformed: {0}")]
     Malformed(&'static str),
@@ -76,14 +96,17 @@ impl fmt::Display for ImageName {
 }
 
 impl ImageName {
-    /// The name of an image with these layers, from the bottom up.
-    pub fn of(reference: &str, platform: &Platform, manifest: &Descriptor, layers: &[Layer]) -> ImageName {
+    /// The name of an image of which this is known.
+    pub fn of(reference: &str, image: &Resolved) -> ImageName {
         ImageName {
             reference: reference.to_owned(),
-            platform: platform.to_string(),
-            media_type: manifest.media_type.clone(),
-            manifest: manifest.digest.clone(),
-            chains: layers.iter().map(|layer| layer.chain.clone()).collect(),
+            platform: image.platform.to_string(),
+            target_media_type: image.target.media_type.clone(),
+            target: image.target.digest.clone(),
+            media_type: image.manifest.media_type.clone(),
+            manifest: image.manifest.digest.clone(),
+            documents: image.documents.clone(),
+            chains: image.layers.iter().map(|layer| layer.chain.clone()).collect(),
         }
     }
 
@@ -94,9 +117,7 @@ impl ImageName {
 
     /// Under what all publishers' objects of it are.
     pub(super) fn objects(&self) -> String {
-        let hash =
-            blake3::hash(&[self.reference.as_bytes(), &[0], self.platform.as_bytes()].concat()).to_hex();
-        format!("{PREFIX}/{}/{hash}", &hash[..2])
+        objects(&self.reference, &self.platform)
     }
 
     /// Its bytes, signed with this key; always the same ones.
@@ -111,8 +132,12 @@ impl ImageName {
     pub fn decode(bytes: &[u8], name: &str) -> Result<(ImageName, PublicKey), NameError> {
         let mut message =
             wire::ImageName::decode(bytes).map_err(|_| NameError::Malformed("not a message"))?;
-        if message.format != FORMAT {
-            return Err(NameError::UnknownFormat { found: message.format });
+        match message.format {
+            FORMAT => {}
+            // An empty object is a message, too: one of no version.
+            0 => return Err(NameError::Malformed("no format version")),
+            found @ 1..FORMAT => return Err(NameError::OldFormat { found }),
+            found => return Err(NameError::UnknownFormat { found }),
         }
         if message.encode_to_vec() != bytes {
             return Err(NameError::Malformed("not in canonical form"));
@@ -122,16 +147,14 @@ impl ImageName {
         if !publisher.signed(CONTEXT, &message.encode_to_vec(), &signature) {
             return Err(NameError::Forged { publisher });
         }
-        let (chains, rest) = message.chain_ids.as_chunks::<32>();
-        let manifest = <[u8; 32]>::try_from(message.manifest.as_slice());
-        let (Ok(manifest), []) = (manifest, rest) else {
-            return Err(NameError::Malformed("a digest is not 32 bytes"));
-        };
         let image = ImageName {
-            manifest: digest_of(&manifest),
-            chains: chains.iter().map(|chain| ChainId(digest_of(chain))).collect(),
+            target: one(&message.target)?,
+            manifest: one(&message.manifest)?,
+            documents: several(&message.documents)?,
+            chains: several(&message.chain_ids)?.into_iter().map(ChainId).collect(),
             reference: message.reference,
             platform: message.platform,
+            target_media_type: message.target_media_type,
             media_type: message.media_type,
         };
         image.check()?;
@@ -151,6 +174,9 @@ impl ImageName {
             chain_ids: self.chains.iter().flat_map(|chain| raw(&chain.0)).collect(),
             key: publisher.as_bytes().to_vec(),
             signature: Vec::new(),
+            target: raw(&self.target).to_vec(),
+            target_media_type: self.target_media_type.clone(),
+            documents: self.documents.iter().flat_map(raw).collect(),
         }
     }
 
@@ -163,13 +189,52 @@ impl ImageName {
         if self.platform.is_empty() || !good(&self.platform) {
             return Err(NameError::Malformed("no platform, or not a printable one"));
         }
-        if !good(&self.media_type) {
+        if !good(&self.media_type) || !good(&self.target_media_type) {
             return Err(NameError::Malformed("not a printable media type"));
         }
         if self.chains.len() > MOST_LAYERS {
             return Err(NameError::Malformed("more layers than an image has"));
         }
-        Ok(())
+        if self.documents.len() > MOST_DOCUMENTS {
+            return Err(NameError::Malformed("more documents than an image has"));
+        }
+        // From the target by way of the manifest down to the configuration; or there is no manifest, and they are one.
+        let in_order = match self.documents.as_slice() {
+            [] => self.target == self.manifest,
+            [above @ .., _] => above.first() == Some(&self.target) && above.last() == Some(&self.manifest),
+        };
+        if in_order { Ok(()) } else { Err(NameError::Malformed("its documents are not those of an image")) }
+    }
+}
+
+/// A reference without its tag and its digest: the registry and the repository.
+pub fn repository(reference: &str) -> &str {
+    let name = reference.split('@').next().unwrap_or_default();
+    // What follows a colon in front of a slash is a port.
+    let tag = name.rfind(':').filter(|at| !name[*at..].contains('/'));
+    &name[..tag.unwrap_or(name.len())]
+}
+
+/// Under what all publishers' objects are that name an image of this platform so.
+pub(super) fn objects(reference: &str, platform: &str) -> String {
+    let hash = blake3::Hash::from_bytes(place(reference, platform)).to_hex();
+    format!("{PREFIX}/{}/{hash}", &hash[..2])
+}
+
+/// The hash by which the objects are called that name an image of this platform so.
+pub fn place(reference: &str, platform: &str) -> [u8; 32] {
+    *blake3::hash(&[reference.as_bytes(), &[0], platform.as_bytes()].concat()).as_bytes()
+}
+
+fn one(bytes: &[u8]) -> Result<Digest, NameError> {
+    let bytes = <[u8; 32]>::try_from(bytes).map_err(|_| NameError::Malformed("a digest is not 32 bytes"))?;
+    Ok(digest_of(&bytes))
+}
+
+fn several(bytes: &[u8]) -> Result<Vec<Digest>, NameError> {
+    match bytes.as_chunks::<32>() {
+        (digests, []) => Ok(digests.iter().map(digest_of).collect()),
+        _ => Err(NameError::Malformed("a digest is not 32 bytes")),
     }
 }
 
@@ -181,8 +246,11 @@ mod tests {
         ImageName {
             reference: "registry.example/app:1".into(),
             platform: "linux/amd64".into(),
+            target_media_type: "application/vnd.oci.image.index.v1+json".into(),
+            target: digest_of(&[2; 32]),
             media_type: "application/vnd.oci.image.manifest.v1+json".into(),
             manifest: digest_of(&[3; 32]),
+            documents: vec![digest_of(&[2; 32]), digest_of(&[3; 32]), digest_of(&[6; 32])],
             chains: vec![ChainId(digest_of(&[4; 32])), ChainId(digest_of(&[5; 32]))],
         }
     }
@@ -195,6 +263,9 @@ mod tests {
         assert_eq!(read, (image(), *key.public()));
         let longest = ImageName {
             reference: "r".repeat(LONGEST_TEXT),
+            platform: "p".repeat(LONGEST_TEXT),
+            media_type: "m".repeat(LONGEST_TEXT),
+            target_media_type: "m".repeat(LONGEST_TEXT),
             chains: vec![image().chains[0].clone(); MOST_LAYERS],
             ..image()
         };
@@ -226,5 +297,50 @@ mod tests {
         }
         let bad = ImageName { chains: vec![image().chains[0].clone(); MOST_LAYERS + 1], ..image() };
         assert!(matches!(bad.encode(&key), Err(NameError::Malformed(_))));
+    }
+
+    #[test]
+    fn documents_lead_from_the_target_to_the_configuration() {
+        let key = PublisherKey::from_seed([1; 32]);
+        let digests = |bytes: &[u8]| bytes.iter().map(|byte| digest_of(&[*byte; 32])).collect::<Vec<_>>();
+        let with = |documents: &[u8]| ImageName { documents: digests(documents), ..image() }.encode(&key);
+        // An index in an index; the target is 2, the manifest 3.
+        assert!(with(&[2, 9, 3, 6]).is_ok());
+        for wrong in [&[][..], &[2], &[2, 3], &[3, 6], &[2, 6, 3], &[9, 3, 6], &[2, 9, 9, 9, 9, 9, 9, 3, 6]] {
+            assert!(matches!(with(wrong), Err(NameError::Malformed(_))), "{wrong:?}");
+        }
+        let direct = ImageName { target: digest_of(&[3; 32]), ..image() };
+        assert!(ImageName { documents: digests(&[3, 6]), ..direct.clone() }.encode(&key).is_ok());
+        // A docker archive has no manifest: nothing is kept.
+        assert!(ImageName { documents: Vec::new(), ..direct }.encode(&key).is_ok());
+    }
+
+    #[test]
+    fn a_reference_begins_with_its_repository() {
+        for (reference, expected) in [
+            ("docker.io/library/alpine:3.22", "docker.io/library/alpine"),
+            ("r.example:5000/app", "r.example:5000/app"),
+            ("r.example:5000/app:1@sha256:00", "r.example:5000/app"),
+            ("r.example/app@sha256:00", "r.example/app"),
+            ("", ""),
+        ] {
+            assert_eq!(repository(reference), expected);
+        }
+    }
+
+    #[test]
+    fn other_formats_are_told_apart() {
+        let key = PublisherKey::from_seed([1; 32]);
+        let bytes = image().encode(&key).unwrap();
+        for (format, expected) in [
+            (0, NameError::Malformed("no format version")),
+            (1, NameError::OldFormat { found: 1 }),
+            (3, NameError::UnknownFormat { found: 3 }),
+        ] {
+            let mut message = wire::ImageName::decode(bytes.as_slice()).unwrap();
+            message.format = format;
+            let read = ImageName::decode(&message.encode_to_vec(), &image().object(key.public()));
+            assert_eq!(read, Err(expected));
+        }
     }
 }

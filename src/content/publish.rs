@@ -5,7 +5,8 @@
 //!
 //! **Invariants.**
 //! * **C2** All chunks are durable before the index is written, and the index before the first ref.
-//! * **C3** A chunk that is reused is made young, if it is not.
+//! * **C3** A chunk that is reused is made young, if it is not, and the ref follows before it is old again: who takes longer looks at
+//!   all chunks once more. A collection that is under way is waited for ([`super::notice`]).
 //! * At most [`super::Options::in_flight`] plain bytes are in memory at once, and their stored forms.
 //!
 //! **When it fails.** Dropped or killed at any point it leaves chunks that no ref names, which is harmless: repeated, it finds
@@ -15,15 +16,18 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::cut::{self, Piece};
+use super::guard::Guard;
 use super::index::{IndexDigest, LayerIndex};
-use super::{ContentError, ContentStore, reference};
+use super::notice::SETTLED;
+use super::{CLOCKS_DIFFER, ContentError, ContentStore, LONGEST_LOOK, reference};
 use crate::chunk::store::ChunkSink;
 use crate::chunk::{ChunkError, ChunkId, ChunkRef, MAX_CHUNK};
 use crate::image::{BLOCK, Facts, Layout};
@@ -32,6 +36,8 @@ use crate::oci::ChainId;
 
 /// How many chunks wait between the reader and the uploads.
 const QUEUE: usize = 8;
+/// How often everything is looked at before it is given up.
+const PASSES: u32 = 4;
 
 /// What to publish.
 #[derive(Debug, Clone, Copy)]
@@ -72,6 +78,18 @@ pub struct Published {
     pub stored_bytes: u64,
 }
 
+impl Published {
+    /// What was published by this and by another look at the same.
+    fn and_then(self, again: &Published) -> Published {
+        Published {
+            new_chunks: self.new_chunks + again.new_chunks,
+            new_bytes: self.new_bytes + again.new_bytes,
+            stored_bytes: self.stored_bytes + again.stored_bytes,
+            ..self
+        }
+    }
+}
+
 /// The chunks in the order of the image.
 struct Table {
     chunks: Vec<(u64, ChunkRef)>,
@@ -94,10 +112,19 @@ impl Table {
     }
 }
 
+/// What came of bringing all chunks into the store.
+struct Pass {
+    chunks: Vec<(u64, ChunkRef)>,
+    published: Published,
+    /// When the oldest chunk was written that was left as it was.
+    oldest: Option<i64>,
+}
+
 /// What was done so far.
 struct Tally {
     progress: Progress,
     published: Published,
+    oldest: Option<i64>,
 }
 
 impl Tally {
@@ -110,11 +137,12 @@ impl Tally {
             new_bytes: 0,
             stored_bytes: 0,
         };
-        Tally { progress: Progress { total, ..Progress::default() }, published }
+        Tally { progress: Progress { total, ..Progress::default() }, published, oldest: None }
     }
 
     fn add(&mut self, kept: &Kept) -> Progress {
-        let Kept { plain, hole, stored } = *kept;
+        let Kept { plain, hole, stored, written } = *kept;
+        self.oldest = self.oldest.into_iter().chain(written).min();
         let (published, progress) = (&mut self.published, &mut self.progress);
         published.chunks += 1;
         published.bytes += plain;
@@ -137,12 +165,14 @@ struct Kept {
     hole: u64,
     /// What it takes in the store, if it was not there.
     stored: Option<u64>,
+    /// When it was written, if it was there and is left as it is.
+    written: Option<i64>,
 }
 
 impl Kept {
     /// The store has it already.
     fn again(piece: &Piece, hole: u64) -> Kept {
-        Kept { plain: u64::from(piece.chunk.length), hole, stored: None }
+        Kept { plain: u64::from(piece.chunk.length), hole, stored: None, written: None }
     }
 }
 
@@ -163,16 +193,78 @@ impl ContentStore {
         request: PublishRequest<'_>,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Published, ContentError> {
-        let (chunks, mut published) = self.publish_chunks(request, progress).await?;
-        let index = LayerIndex::new(request.facts, chunks)?;
-        let bytes = index.encode();
-        published.index = IndexDigest::of(&bytes);
-        // Written even if it is there: that makes it young, and whole should it be damaged.
-        self.parts.objects.put(&layout::index(published.index.as_bytes()), bytes.into()).await?;
-        for chain in request.chains {
-            self.publish_ref(chain, published.index).await?;
+        let mut first: Option<Published> = None;
+        let mut settled = false;
+        for _ in 0..PASSES {
+            let began = (Instant::now(), self.parts.objects.now());
+            // What was told before is not told again.
+            let silent = |_: Progress| ();
+            let told: &(dyn Fn(Progress) + Sync) = if first.is_none() { progress } else { &silent };
+            let Pass { chunks, published, oldest } = self.publish_chunks(request, told).await?;
+            let index = LayerIndex::new(request.facts, chunks)?;
+            let bytes = index.encode();
+            let digest = IndexDigest::of(&bytes);
+            let so_far = first.map_or(published, |before| before.and_then(&published));
+            if !self.options.guards.hold(Guard::RefLast) {
+                self.publish_refs(request.chains, digest).await?;
+            }
+            first = Some(Published { index: digest, ..so_far });
+            // Written even if it is there: that makes it young, and whole should it be damaged.
+            let name = layout::index(digest.as_bytes());
+            self.parts.objects.put(&name, bytes.into()).await?;
+            if self.is_late(&name, began, oldest).await? {
+                continue;
+            }
+            if !settled && self.is_collected().await? {
+                sleep(SETTLED).await;
+                settled = true;
+                continue;
+            }
+            self.publish_refs(request.chains, digest).await?;
+            return Ok(Published { index: digest, ..so_far });
         }
-        Ok(published)
+        Err(ContentError::TooSlow)
+    }
+
+    /// Whether so much time has gone by that a collection may take what this pass relies on.
+    async fn is_late(
+        &self,
+        index: &str,
+        (began, by_clock): (Instant, i64),
+        oldest: Option<i64>,
+    ) -> Result<bool, ContentError> {
+        if !self.options.guards.hold(Guard::LookAgain) {
+            return Ok(false);
+        }
+        let objects = &self.parts.objects;
+        // Just written, so this is what the store's clock says.
+        let Some(found) = objects.stat(index).await? else { return Ok(true) };
+        let here = objects.now();
+        let seconds = found.modified.abs_diff(here);
+        if seconds > CLOCKS_DIFFER {
+            return Err(ContentError::Clock { seconds });
+        }
+        let longest = LONGEST_LOOK.as_secs().cast_signed();
+        let spared = longest + self.options.renew_after.as_secs().cast_signed();
+        Ok(began.elapsed() > LONGEST_LOOK
+            || here.saturating_sub(by_clock) > longest
+            || oldest.is_some_and(|oldest| found.modified.saturating_sub(oldest) > spared))
+    }
+
+    async fn publish_refs(&self, chains: &[ChainId], index: IndexDigest) -> Result<(), ContentError> {
+        for chain in chains {
+            self.publish_ref(chain, index).await?;
+        }
+        if self.is_collected().await? {
+            sleep(SETTLED).await;
+            for chain in chains {
+                let name = reference::name(chain, self.publisher());
+                if self.parts.objects.stat(&name).await?.is_none() {
+                    self.publish_ref(chain, index).await?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Brings all chunks of the image into the store, and says where each is in the image.
@@ -180,7 +272,7 @@ impl ContentStore {
         &self,
         request: PublishRequest<'_>,
         progress: &(dyn Fn(Progress) + Sync),
-    ) -> Result<(Vec<(u64, ChunkRef)>, Published), ContentError> {
+    ) -> Result<Pass, ContentError> {
         let layout = &request.facts.layout;
         let (sender, mut pieces) = mpsc::channel(QUEUE);
         let source = cut::Source {
@@ -194,7 +286,11 @@ impl ContentStore {
         let keeper = Keeper {
             objects: self.parts.objects.clone(),
             chunks: Arc::clone(&self.parts.chunks),
-            renew_after: self.options.renew_after,
+            renew_after: match self.options.guards.hold(Guard::RenewChunks) {
+                true => Some(self.options.renew_after),
+                false => None,
+            },
+            doubted: Arc::clone(&self.options.doubted),
         };
         // Tasks, so that compression is spread over the processors; they end with this call.
         let mut under_way = JoinSet::new();
@@ -219,7 +315,7 @@ impl ContentStore {
         // Without its word the pieces may have ended too early.
         reader.await.map_err(lost)??;
         progress(Progress { done: tally.progress.total, ..tally.progress });
-        Ok((table.chunks, tally.published))
+        Ok(Pass { chunks: table.chunks, published: tally.published, oldest: tally.oldest })
     }
 
     async fn publish_ref(&self, chain: &ChainId, index: IndexDigest) -> Result<(), ContentError> {
@@ -239,7 +335,9 @@ fn lost(error: JoinError) -> ContentError {
 struct Keeper {
     objects: Objects,
     chunks: Arc<dyn ChunkSink>,
-    renew_after: Duration,
+    /// Never, for `None`.
+    renew_after: Option<Duration>,
+    doubted: Arc<HashSet<ChunkId>>,
 }
 
 impl Keeper {
@@ -247,9 +345,12 @@ impl Keeper {
     async fn keep(self, piece: Piece, hole: u64) -> Result<Kept, ContentError> {
         let id = piece.chunk.id;
         let already = Kept::again(&piece, hole);
-        if let Some(found) = self.objects.stat(&layout::chunk(id.as_bytes())).await? {
-            if age(found.modified) < self.renew_after {
-                return Ok(already);
+        let doubted = self.doubted.contains(&id);
+        if !doubted && let Some(found) = self.objects.stat(&layout::chunk(id.as_bytes())).await? {
+            let age = self.objects.now().saturating_sub(found.modified);
+            let Some(renew_after) = self.renew_after else { return Ok(already) };
+            if age < renew_after.as_secs().cast_signed() {
+                return Ok(Kept { written: Some(found.modified), ..already });
             }
             match self.chunks.renew(id).await {
                 Ok(()) => return Ok(already),
@@ -262,11 +363,4 @@ impl Keeper {
         let stored = self.chunks.put(id, piece.plain.clone()).await?;
         Ok(Kept { stored: Some(stored), ..already })
     }
-}
-
-/// How old an object is that was written at this time by the store's clock; a time to come is no age.
-fn age(modified: i64) -> Duration {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let modified = Duration::from_secs(u64::try_from(modified).unwrap_or(0));
-    now.saturating_sub(modified)
 }

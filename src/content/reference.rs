@@ -83,8 +83,11 @@ pub fn encode(chain: &ChainId, index: IndexDigest, key: &PublisherKey) -> Vec<u8
 /// What the object `name` says about `chain`.
 pub fn decode(bytes: &[u8], chain: &ChainId, name: &str) -> Result<Ref, RefError> {
     let message = wire::Ref::decode(bytes).map_err(|_| RefError::Malformed)?;
-    if message.format != FORMAT {
-        return Err(RefError::UnknownFormat { found: message.format });
+    match message.format {
+        FORMAT => {}
+        // An empty object is a message, too: one of no version.
+        0 => return Err(RefError::Malformed),
+        found => return Err(RefError::UnknownFormat { found }),
     }
     if message.encode_to_vec() != bytes {
         return Err(RefError::Malformed);
@@ -143,7 +146,9 @@ mod tests {
             let mut wrong = bytes.clone();
             wrong[at] ^= 1 << (at % 8);
             assert!(decode(&wrong, &chain(1), &name).is_err(), "byte {at}");
-            assert!(decode(&bytes[..at], &chain(1), &name).is_err(), "cut at {at}");
+            // Of no version but this one, not even where nothing is left.
+            let cut = decode(&bytes[..at], &chain(1), &name).unwrap_err();
+            assert!(!matches!(cut, RefError::UnknownFormat { .. }), "cut at {at}");
         }
         // A field that this version does not know, and the same field twice.
         assert_eq!(decode(&[&bytes[..], &[0x30, 1]].concat(), &chain(1), &name), Err(RefError::Malformed));

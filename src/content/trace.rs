@@ -131,8 +131,11 @@ impl Trace {
             return Err(TraceError::Malformed("too long"));
         }
         let message = wire::Trace::decode(bytes).map_err(|_| TraceError::Malformed("not a message"))?;
-        if message.format != FORMAT {
-            return Err(TraceError::UnknownFormat { found: message.format });
+        match message.format {
+            FORMAT => {}
+            // An empty object is a message, too: one of no version.
+            0 => return Err(TraceError::Malformed("no format version")),
+            found => return Err(TraceError::UnknownFormat { found }),
         }
         if message.chain_id != raw(&chain.0) {
             return Err(TraceError::Misplaced);
@@ -279,6 +282,7 @@ mod tests {
         let newer = wire::Trace { format: 2, ..good.clone() };
         assert_eq!(decode(newer), Err(TraceError::UnknownFormat { found: 2 }));
         for bad in [
+            wire::Trace::default(),
             wire::Trace { indexes: vec![1; 33], ..good.clone() },
             wire::Trace { indexes: vec![1; 64], ..good.clone() },
             wire::Trace { layers: vec![1], ..good.clone() },

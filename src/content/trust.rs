@@ -188,6 +188,12 @@ impl PublisherKey {
         PublisherKey::of(SigningKey::from_bytes(&seed))
     }
 
+    /// Puts it into a file where there is none, for tests.
+    #[cfg(test)]
+    pub(crate) fn save(&self, path: &Path) {
+        save(path, self.secret.to_bytes()).expect("a test can write its key");
+    }
+
     fn of(secret: SigningKey) -> PublisherKey {
         let public = PublicKey(secret.verifying_key().to_bytes());
         PublisherKey { secret, public }
@@ -211,10 +217,14 @@ fn statement(context: &str, message: &[u8]) -> Vec<u8> {
 
 fn create(path: &Path) -> io::Result<()> {
     let mut seed = [0; 32];
-    let mut random = File::open("/dev/urandom")?;
-    random.read_exact(&mut seed)?;
+    File::open("/dev/urandom")?.read_exact(&mut seed)?;
+    save(path, seed)
+}
+
+/// Durable on return; what another process has put there stays.
+fn save(path: &Path, seed: [u8; 32]) -> io::Result<()> {
     let mut number = [0; 8];
-    random.read_exact(&mut number)?;
+    File::open("/dev/urandom")?.read_exact(&mut number)?;
     // Without the public half: older OpenSSL does not read a key that carries both.
     let key = KeypairBytes { secret_key: seed, public_key: None };
     let pem = key.to_pkcs8_pem(LineEnding::LF).map_err(io::Error::other)?;

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::store_scrub::StoreScrubber;
 use crate::object::{BOUNDS, Objects};
+use crate::registry::{Mirror, MirrorCounts};
 use crate::snapshot::metastore::MetaStore;
 use crate::snapshot::snapshotter::Snapshotter;
 use crate::sys::space;
@@ -13,8 +15,9 @@ use crate::telemetry::{LayerLevels, Levels, PublishLevels, StoreLevels, Timing, 
 pub(super) fn read(
     snapshotter: &Arc<Snapshotter>,
     meta: &Arc<MetaStore>,
-    objects: Option<Objects>,
+    store_and_scrub: Option<(Objects, Option<Arc<StoreScrubber>>)>,
     root: &Path,
+    mirror: Option<Arc<Mirror>>,
 ) -> impl Fn() -> Levels + Send + Sync + 'static {
     let (snapshotter, meta, root) = (Arc::clone(snapshotter), Arc::clone(meta), root.to_owned());
     let size = |path: PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
@@ -35,9 +38,21 @@ pub(super) fn read(
             layers: layers(&snapshotter),
             traces: traces(&snapshotter),
             publish: publish(&snapshotter),
-            store: objects.as_ref().map(store),
+            store: store_and_scrub.as_ref().map(|(objects, scrubber)| store(objects, scrubber.as_deref())),
+            registry: mirror.as_deref().map(registry).unwrap_or_default(),
         }
     }
+}
+
+fn registry(mirror: &Mirror) -> Vec<(&'static str, u64)> {
+    let MirrorCounts { served, absent, reachable, failed, malformed } = mirror.counts();
+    vec![
+        ("served", served),
+        ("absent", absent),
+        ("reachable", reachable),
+        ("failed", failed),
+        ("malformed", malformed),
+    ]
 }
 
 fn layers(snapshotter: &Snapshotter) -> LayerLevels {
@@ -89,11 +104,13 @@ fn publish(snapshotter: &Snapshotter) -> PublishLevels {
         bytes: state.bytes,
         uploaded: state.uploaded,
         failures: state.failures,
+        uses: vec![("written", state.uses), ("failed", state.unnoted_uses)],
     }
 }
 
-fn store(objects: &Objects) -> StoreLevels {
+fn store(objects: &Objects, scrubber: Option<&StoreScrubber>) -> StoreLevels {
     let stats = objects.stats();
+    let scrub = scrubber.map(StoreScrubber::state).unwrap_or_default();
     let bounds = || BOUNDS.into_iter().chain([f64::INFINITY]);
     let requests = objects.attempts().into_iter().map(|attempts| Timing {
         operation: attempts.operation,
@@ -110,6 +127,10 @@ fn store(objects: &Objects) -> StoreLevels {
         rests: stats.opened,
         read_bytes: stats.read,
         written_bytes: stats.written,
+        scrub_found: vec![("missing", scrub.missing), ("damaged", scrub.damaged)],
+        scrubbed: scrub.bytes,
+        scrub_rounds: scrub.rounds,
+        scrub_ended: scrub.ended.and_then(|at| u64::try_from(at).ok()).unwrap_or(0),
     }
 }
 

@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use super::DaemonError;
 use super::keeping::{self, Keeping};
+use super::store_scrub::StoreScrubber;
 use crate::chunk::merged::Merged;
 use crate::chunk::remote::Remote as RemoteChunks;
 use crate::chunk::verified::Verified;
-use crate::config::{Config, LazyMode, PublishPolicy, TraceMode, TrustMode};
+use crate::config::{Config, DriverKind, LazyMode, PublishPolicy, TraceMode, TrustMode};
 use crate::containerd::blob::Blobs;
 use crate::content::memory::MemorySource;
+use crate::content::pattern::Pattern;
 use crate::content::trust::{KEY_FILE, PublicKey, PublisherKey, Trust};
 use crate::content::{self, ContentStore};
 use crate::image::Limits;
@@ -19,11 +21,12 @@ use crate::layer::allowance::Allowance;
 use crate::layer::attach::{AttachError, Attacher, Mode};
 use crate::layer::fill::Supply;
 use crate::layer::lazy::ColdLayers;
-use crate::object::{Objects, Settings, StoreOptions};
+use crate::object::{Objects, Settings, StoreOptions, StoreStats};
 use crate::snapshot::layers::{Layers, Upkeep};
 use crate::snapshot::metastore::MetaStore;
+use crate::snapshot::pins::Pins;
 use crate::snapshot::publish::Publisher;
-use crate::snapshot::report::StoreState;
+use crate::snapshot::report::{StoreNumbers, StoreState};
 use crate::snapshot::snapshotter::Remote;
 use crate::snapshot::traces::Traces;
 
@@ -38,6 +41,7 @@ pub(super) struct Composed {
     pub(super) traces: &'static str,
     pub(super) objects: Option<Objects>,
     pub(super) keeping: Option<Arc<Keeping>>,
+    pub(super) scrubber: Option<Arc<StoreScrubber>>,
 }
 
 /// The store, as far as it can be had before there are records.
@@ -52,7 +56,9 @@ pub(super) struct Store {
 /// Opens the store, and serves what containers may be waiting for.
 pub(super) fn open_store(config: &Config) -> Result<Store, DaemonError> {
     let layers = Arc::new(LayerStore::at(&config.root));
-    let is_store = !config.store.is_empty() && !config.store.as_str().starts_with("memory:");
+    // What a thin volume is made of comes from containerd alone.
+    let stacked = config.driver == DriverKind::Overlayfs;
+    let is_store = stacked && !config.store.is_empty() && !config.store.as_str().starts_with("memory:");
     let opened = if is_store { Some(open_content(config)?) } else { None };
     let content = opened.map(|(content, objects)| (Arc::new(content), objects));
     let cold = content.as_ref().map(|(content, _)| {
@@ -76,7 +82,10 @@ pub(super) fn compose(
     store: Store,
 ) -> Result<Composed, DaemonError> {
     let Store { layers: files, content, cold, keeping } = store;
-    let (can_mount, layer_images) = prepare_layers(&config.root, &files)?;
+    let (can_mount, layer_images) = match config.driver {
+        DriverKind::Overlayfs => prepare_layers(&config.root, &files)?,
+        DriverKind::Thin => (false, "none: snapshots are thin volumes".to_owned()),
+    };
     let source = match config.store.as_str().starts_with("memory:") {
         true => MemorySource::open(config.store.as_str())?,
         false => None,
@@ -84,7 +93,10 @@ pub(super) fn compose(
     let (content, objects) = content.unzip();
     let lazy = keeping.as_ref().map(|keeping| Arc::clone(&keeping.lazy));
     let upkeep = Upkeep { scrub_rate: config.scrub.rate.bytes(), scrub_every: config.scrub.every.duration() };
-    let layers = Layers::new(Arc::clone(meta), files, cold, lazy).with_upkeep(upkeep);
+    // The configuration has checked that each is a pattern.
+    let patterns = config.pin.iter().filter_map(|pattern| Pattern::parse(pattern).ok()).collect();
+    let pins = Pins::new(patterns, Arc::clone(meta), blobs.clone()).map(Arc::new);
+    let layers = Layers::new(Arc::clone(meta), files, cold, lazy).with_upkeep(upkeep).with_pins(pins.clone());
     let layers = can_mount.then(|| Arc::new(layers));
     let publisher = match (&layers, &content, config.publish.policy) {
         (Some(layers), Some(content), PublishPolicy::Auto) => Some(Arc::new(Publisher::new(
@@ -114,8 +126,9 @@ pub(super) fn compose(
         (TraceMode::Auto, None) => "off: layers are not read lazily here",
         (TraceMode::Auto, Some(_)) => "auto",
     };
-    let (remote, lazy) = (Remote { source, layers, content, publisher, traces }, lazy.to_owned());
-    Ok(Composed { remote, layer_images, lazy, traces: trace_policy, objects, keeping })
+    let (remote, lazy) = (Remote { source, layers, content, publisher, traces, pins }, lazy.to_owned());
+    let scrubber = objects.as_ref().and_then(|objects| StoreScrubber::new(objects, &config.scrub));
+    Ok(Composed { remote, layer_images, lazy, traces: trace_policy, objects, keeping, scrubber })
 }
 
 /// A node that cannot mount layer images is a node like any other, without them.
@@ -171,16 +184,36 @@ pub fn limits(config: &Config) -> Limits {
 /// The store as people are told of it.
 pub(super) fn store_state(config: &Config, composed: &Composed) -> impl Fn() -> Option<StoreState> + use<> {
     let (content, objects) = (composed.remote.content.clone(), composed.objects.clone());
+    let scrubber = composed.scrubber.clone();
     let (url, trust) = (config.store.to_string(), config.trust.mode.to_string());
     let listed = config.trust.keys.clone();
     move || {
         let (content, objects) = (content.as_ref()?, objects.as_ref()?);
-        let state = match objects.stats().resting {
+        let stats = objects.stats();
+        let state = match stats.resting {
             None => "in use".to_owned(),
             Some(left) => format!("left alone for {} s more: it did not answer", left.as_secs().max(1)),
         };
         let keys = std::iter::once(content.publisher().to_string()).chain(listed.iter().cloned());
-        Some(StoreState { url: url.clone(), state, trust: trust.clone(), keys: keys.collect() })
+        let (keys, numbers) = (keys.collect(), store_numbers(&stats, objects));
+        let scrub = scrubber.as_ref().map(|scrubber| scrubber.state());
+        Some(StoreState { url: url.clone(), state, trust: trust.clone(), keys, numbers, scrub })
+    }
+}
+
+fn store_numbers(stats: &StoreStats, objects: &Objects) -> StoreNumbers {
+    let attempts = objects.attempts().into_iter();
+    let denied =
+        attempts.filter(|attempts| attempts.outcome == "denied").flat_map(|attempts| attempts.counts);
+    StoreNumbers {
+        resting: stats.resting.is_some(),
+        rests: stats.opened,
+        requests: stats.requests,
+        failures: stats.failures,
+        denied: denied.sum(),
+        retries: stats.retries,
+        read: stats.read,
+        written: stats.written,
     }
 }
 

@@ -8,3 +8,5 @@ pub mod decisions {}
 
 #[doc = include_str!("recovery.md")]
 pub mod recovery {}
+#[doc = include_str!("operations.md")]
+pub mod operations {}

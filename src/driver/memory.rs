@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 
-use super::{Cancelled, Driver, DriverError, Id, Measure, Mount, MountRequest, Owner};
+use super::{Cancelled, Creation, Driver, DriverError, Id, Inventory, Measure, Mount, MountRequest};
 
 /// Passes the same suite as the real drivers, as far as values go. Nothing outlives it.
 #[derive(Debug, Default)]
@@ -30,9 +30,9 @@ impl Driver for Memory {
         Ok(())
     }
 
-    fn create(&self, id: Id, parent: Option<Id>, _root: Option<Owner>) -> Result<(), DriverError> {
-        self.require(id)?;
-        parent.map_or(Ok(()), |parent| self.require(parent))
+    fn create(&self, new: &Creation) -> Result<(), DriverError> {
+        self.require(new.id)?;
+        new.parent.map_or(Ok(()), |parent| self.require(parent))
     }
 
     fn mounts(&self, request: &MountRequest<'_>) -> Vec<Mount> {
@@ -53,8 +53,8 @@ impl Driver for Memory {
         Ok(())
     }
 
-    fn inventory(&self) -> Result<Vec<u64>, DriverError> {
-        Ok(self.present.lock().iter().copied().collect())
+    fn inventory(&self) -> Result<Inventory, DriverError> {
+        Ok(Inventory::Serials(self.present.lock().iter().copied().collect()))
     }
 
     fn is_unused(&self, _id: Id) -> Result<bool, DriverError> {

@@ -5,6 +5,8 @@
 //! **Words.** An [`Id`] names one snapshot's storage for its whole life; [`Access`] says whether it is written to;
 //! [`Mount`] is what containerd is told to mount.
 //!
+//! [`Storage`] says how a snapshot and what is below it hang together.
+//!
 //! **Invariants.** A driver knows no key, label, digest or layer, and keeps no record: everything it needs is in its
 //! arguments and on its storage.
 //! * **D1** `mounts` depends only on its arguments and the configuration.
@@ -19,6 +21,8 @@ use std::path::{Path, PathBuf};
 pub mod memory;
 pub mod overlay;
 pub mod probe;
+#[cfg(feature = "devicemapper")]
+pub mod thin;
 
 pub use crate::sys::tree::Cancelled;
 
@@ -62,6 +66,55 @@ pub struct IdMapping {
     pub root: Owner,
 }
 
+/// How a snapshot and what is below it hang together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    /// Each snapshot is a directory with its own changes; it is mounted together with all below it.
+    Directories,
+    /// Each snapshot is a block device with everything below it in it, whose blocks are shared.
+    Volumes,
+}
+
+/// What a snapshot's storage is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Creation {
+    /// The snapshot.
+    pub id: Id,
+    /// What it stands on.
+    pub parent: Option<Id>,
+    /// How it will be used.
+    pub access: Access,
+    /// Who its root directory belongs to, if not to the owner of the parent's.
+    pub root: Option<Owner>,
+}
+
+impl Creation {
+    /// A snapshot that is written to.
+    pub fn active(id: Id, parent: Option<Id>) -> Creation {
+        Creation { id, parent, access: Access::ReadWrite, root: None }
+    }
+}
+
+/// Every Id found on storage, by what the storage knows of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Inventory {
+    /// The serials.
+    Serials(Vec<u64>),
+    /// The slots.
+    Slots(Vec<u32>),
+}
+
+/// What the records say at a start, for a driver to compare with what it finds.
+#[derive(Debug, Default)]
+pub struct Known {
+    /// Every Id that is recorded.
+    pub ids: Vec<Id>,
+    /// The largest serial that a snapshot has.
+    pub newest: u64,
+    /// The largest serial ever given out; 0 in new records.
+    pub last_serial: u64,
+}
+
 /// What `mounts` is asked for: one snapshot and all below it, nearest first.
 #[derive(Debug, Clone)]
 pub struct MountRequest<'a> {
@@ -75,6 +128,8 @@ pub struct MountRequest<'a> {
     pub mapping: Option<&'a IdMapping>,
     /// What is going to happen with it.
     pub purpose: Purpose,
+    /// How many bytes the container may see, where somebody asked for a number.
+    pub size: Option<u64>,
 }
 
 /// What the mounts are for.
@@ -119,6 +174,9 @@ pub enum DriverError {
     /// In use; to be tried again.
     #[error("busy: {0}")]
     Busy(String),
+    /// What was asked for cannot be.
+    #[error("{0}")]
+    Invalid(String),
     /// The caller asked to stop.
     #[error("stopped before the end")]
     Cancelled,
@@ -150,15 +208,36 @@ impl DriverError {
 
 /// A storage driver. Implementations pass `tests/it/suite/driver.rs`.
 pub trait Driver: Send + Sync + std::fmt::Debug {
+    /// How snapshots hang together.
+    fn storage(&self) -> Storage {
+        Storage::Directories
+    }
+
+    /// Before anything else of a process: makes good what an earlier one left half-done, and compares. What cannot be made good
+    /// is an error that says what to do.
+    fn recover(&self, _known: &Known) -> Result<(), DriverError> {
+        Ok(())
+    }
+
     /// Makes empty storage for `id`, durably, ahead of its use. Calling it again is harmless.
     fn reserve(&self, ids: &[Id]) -> Result<(), DriverError>;
 
-    /// Turns reserved storage into a snapshot on top of `parent`: its root gets mode 0755 and the owner `root`, or
-    /// else the parent's.
-    fn create(&self, id: Id, parent: Option<Id>, root: Option<Owner>) -> Result<(), DriverError>;
+    /// Turns reserved storage into a snapshot: its root gets mode 0755 and the owner asked for, or else the parent's.
+    fn create(&self, new: &Creation) -> Result<(), DriverError>;
 
     /// What to mount. Touches nothing (**D1**).
     fn mounts(&self, request: &MountRequest<'_>) -> Vec<Mount>;
+
+    /// Makes what `mounts` answers to the same request usable, whatever has happened since it was last called; called before the
+    /// answer is given where the storage is [`Storage::Volumes`].
+    fn activate(&self, _request: &MountRequest<'_>) -> Result<(), DriverError> {
+        Ok(())
+    }
+
+    /// The serial of the writable snapshot whose volume this is a mount of. Touches nothing.
+    fn volume_of(&self, _mount: &Mount) -> Option<u64> {
+        None
+    }
 
     /// Writes the content of a whole layer: `write` is given the directory that is the layer's root, and what it wrote
     /// is durable when this returns.
@@ -167,15 +246,31 @@ pub trait Driver: Send + Sync + std::fmt::Debug {
     /// Measures `id` without its parents. May be slow.
     fn usage(&self, id: Id, cancelled: Cancelled<'_>) -> Result<Measure, DriverError>;
 
+    /// Lets go of what only a snapshot that is written to needs; nobody writes to this one any more.
+    fn seal(&self, _id: Id) -> Result<(), DriverError> {
+        Ok(())
+    }
+
+    /// An error if somebody uses the storage of `id`, so that it cannot be removed now; asked where the storage is
+    /// [`Storage::Volumes`].
+    fn require_unused(&self, _id: Id) -> Result<(), DriverError> {
+        Ok(())
+    }
+
     /// Frees the storage of `id`; succeeds when nothing is there.
     fn remove(&self, id: Id, cancelled: Cancelled<'_>) -> Result<(), DriverError>;
 
-    /// The serial of every Id found on storage, known or not.
-    fn inventory(&self) -> Result<Vec<u64>, DriverError>;
+    /// Every Id found on storage, recorded or not.
+    fn inventory(&self) -> Result<Inventory, DriverError>;
 
     /// Whether the storage of an Id that no snapshot has holds nothing worth keeping: nothing at all, or a layer that was still
     /// being written.
     fn is_unused(&self, id: Id) -> Result<bool, DriverError>;
+
+    /// Now and then: takes over what has changed around the storage.
+    fn tend(&self) -> Result<(), DriverError> {
+        Ok(())
+    }
 
     /// Where a writable snapshot's changes are kept on this host, if that is a directory.
     fn upperdir(&self, id: Id) -> Option<PathBuf>;

@@ -19,7 +19,10 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use super::{Access, Cancelled, Driver, DriverError, Id, Measure, Mount, MountRequest, Owner, Purpose};
+use super::{
+    Access, Cancelled, Creation, Driver, DriverError, Id, Inventory, Measure, Mount, MountRequest, Owner,
+    Purpose,
+};
 use crate::sys::decimal;
 use crate::sys::tree::{self, TreeError};
 
@@ -102,7 +105,8 @@ impl Driver for Overlay {
         sync_dir(&self.layers)
     }
 
-    fn create(&self, id: Id, parent: Option<Id>, root: Option<Owner>) -> Result<(), DriverError> {
+    fn create(&self, new: &Creation) -> Result<(), DriverError> {
+        let Creation { id, parent, root, .. } = *new;
         let upper = self.upper(id);
         let owner = match (root, parent) {
             (Some(owner), _) => owner,
@@ -173,10 +177,12 @@ impl Driver for Overlay {
         tree::remove(&self.dir(id.serial), cancelled).map_err(from_tree)
     }
 
-    fn inventory(&self) -> Result<Vec<u64>, DriverError> {
+    fn inventory(&self) -> Result<Inventory, DriverError> {
         let mut serials = HashSet::new();
         let entries = match std::fs::read_dir(&self.layers) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Inventory::Serials(Vec::new()));
+            }
             entries => entries.map_err(|error| DriverError::at(&self.layers, error))?,
         };
         for entry in entries {
@@ -190,7 +196,7 @@ impl Driver for Overlay {
                 None => tracing::warn!(entry = ?name, "unknown entry in the layer directory; left alone"),
             }
         }
-        Ok(serials.into_iter().collect())
+        Ok(Inventory::Serials(serials.into_iter().collect()))
     }
 
     fn is_unused(&self, id: Id) -> Result<bool, DriverError> {

@@ -40,17 +40,16 @@ use crate::content::index::LayerIndex;
 use crate::sys::blocking;
 use crate::sys::extent;
 
+mod ahead;
 pub mod eviction;
 mod verify;
 
+use ahead::Ahead;
+
 /// How many chunks of one layer are on their way at once: 32 of a quarter MiB keep a link of 1 Gbit/s and 20 ms busy.
 const AT_ONCE: usize = 32;
-/// How many chunks are fetched ahead of a reader that goes forward.
-const AHEAD: usize = 8;
 /// After how many bytes the disk is given something to do: it would stand still until the end else.
 const WRITEBACK: u64 = 16 << 20;
-/// How often it is looked whether there is something to do.
-const LOOK: Duration = Duration::from_millis(50);
 /// How long a read waits for a store that does not give its chunk.
 const DEADLINE: Duration = Duration::from_secs(60);
 /// How long one waits for a chunk that the store says it does not have, or has wrong.
@@ -70,8 +69,7 @@ pub struct Cold {
     earlier: Earlier,
     /// Checked, not in the file yet.
     memory: Mutex<HashMap<usize, Bytes>>,
-    /// What a reader is expected to want next.
-    next: Mutex<Range<usize>>,
+    ahead: Mutex<Ahead>,
     moved: Notify,
     supply: Supply,
     gate: Arc<Gate>,
@@ -158,7 +156,7 @@ impl Cold {
             presence,
             earlier,
             memory: Mutex::default(),
-            next: Mutex::new(0..0),
+            ahead: Mutex::default(),
             moved: Notify::new(),
             supply,
             gate,
@@ -234,20 +232,21 @@ impl Cold {
         self.mark_read(chunks.clone());
         let memory = self.memory.lock();
         let mut held = HashMap::new();
-        for at in chunks {
+        for at in chunks.clone() {
             if !self.has(at) {
                 held.insert(at, memory.get(&at)?.clone());
             }
         }
         drop(memory);
+        self.follow(&chunks, true);
         self.assemble(&range, &held).ok().flatten()
     }
 
     /// The bytes of a range, wherever they are now.
     pub async fn read(self: &Arc<Self>, range: Range<u64>) -> Result<Vec<Bytes>, LayerError> {
         let chunks = self.index.covering(&range);
-        let demand = self.gate.demand(self.serial);
-        self.follow(&chunks);
+        let demand = self.gate.demand();
+        self.follow(&chunks, false);
         self.mark_read(chunks.clone());
         let began = Instant::now();
         let until = began + DEADLINE;
@@ -464,25 +463,25 @@ impl Cold {
         Ok(if bytes.is_some() { self.index.chunk(at).1.length } else { 0 })
     }
 
-    /// Makes all chunks present, those behind what was read last first; returns when they are in the file. Not synced.
+    /// Makes all chunks present, those before readers first; returns when they are in the file. Not synced.
     pub async fn fill(self: &Arc<Self>) -> Result<(), LayerError> {
         let _all_is_kept = self.hold();
         let claims = Claims { claimed: Mutex::new(HashSet::new()), from: AtomicUsize::new(0) };
+        let began = Instant::now();
         let worker = |_| async {
             loop {
-                let mut turn = self.gate.turn(self.serial).await;
-                let mut at = self.claim(&claims, turn.only_next);
-                if let (None, Some(rest)) = (at, self.gate.try_rest(self.serial)) {
-                    turn = rest;
-                    at = self.claim(&claims, false);
-                }
-                let Some(at) = at else {
-                    if self.is_claimed(&claims) {
-                        return Ok(());
-                    }
-                    drop(turn);
-                    drop(tokio::time::timeout(LOOK, self.moved.notified()).await);
-                    continue;
+                // Before looking: what is expected from then on wakes it.
+                let moved = self.moved.notified();
+                let (at, _turn) = match self.claim(&claims, true) {
+                    Some(at) => (at, self.gate.next().await),
+                    None if self.is_claimed(&claims) => return Ok(()),
+                    None => tokio::select! {
+                        () = moved => continue,
+                        turn = self.gate.rest(self.serial, began) => match self.claim(&claims, false) {
+                            Some(at) => (at, turn),
+                            None => continue,
+                        },
+                    },
                 };
                 let made = self.make_present(at, Urgency::Ahead).await;
                 claims.claimed.lock().remove(&at);
@@ -493,21 +492,24 @@ impl Cold {
         future::try_join_all(workers).await.map(drop)
     }
 
-    /// A reader that goes forward will want what follows, another one perhaps the chunk beside.
-    fn follow(&self, read: &Range<usize>) {
-        let goes_forward = read.start == 0 || self.has(read.start - 1);
-        let ahead = if goes_forward { AHEAD } else { 1 };
-        *self.next.lock() = read.end..(read.end + ahead).min(self.index.chunks().len());
-        self.moved.notify_waiters();
+    /// What a reader will want next is fetched before the rest.
+    fn follow(&self, read: &Range<usize>, was_here: bool) {
+        if self.is_complete() {
+            return;
+        }
+        let goes_on = || read.start == 0 || self.has(read.start - 1);
+        if self.ahead.lock().read(read, self.index.chunks().len(), was_here, goes_on) {
+            self.moved.notify_waiters();
+        }
     }
 
     /// The next chunk that is not here and that nobody else fills: one that a reader will want, or else, unless `only_next`, any.
     fn claim(&self, claims: &Claims, only_next: bool) -> Option<usize> {
         let count = self.index.chunks().len();
-        let mut next = self.next.lock().clone();
         let mut claimed = claims.claimed.lock();
         let free = |at: &usize| !self.has(*at) && !claimed.contains(at);
-        let at = next.find(free).or_else(|| {
+        let next = self.ahead.lock().expected().find(free);
+        let at = next.or_else(|| {
             let first =
                 (claims.from.load(Ordering::Relaxed)..count).find(|at| !self.has(*at)).unwrap_or(count);
             claims.from.store(first, Ordering::Relaxed);

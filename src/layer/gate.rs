@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -21,8 +21,11 @@ const CALM: Duration = Duration::from_secs(1);
 const HEAD_START: Duration = Duration::from_secs(2);
 /// How often others look whether it is their turn.
 const LOOK: Duration = Duration::from_millis(50);
-/// How many chunks that will be read next are fetched meanwhile, and how many others, so that all comes to an end.
-const NEXT: usize = 8;
+/// How long a fill stands back for readers altogether: from then on one chunk at a time is fetched, whoever reads, so that all comes to
+/// an end.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How many chunks that will be read next are fetched while somebody reads, and how many others.
+const NEXT: usize = 16;
 const REST: usize = 1;
 
 /// See the module's page.
@@ -31,8 +34,6 @@ pub struct Gate {
     waited_for: AtomicUsize,
     /// When somebody last waited, or may have begun to.
     busy: Mutex<Option<Instant>>,
-    /// The layer that was read last.
-    read: AtomicU64,
     next: Semaphore,
     rest: Semaphore,
     /// Layers of which only what will be read next is fetched; by how many.
@@ -47,8 +48,7 @@ impl Default for Gate {
         let (demand, ahead) = (room(ROOM_DEMAND), room(ROOM_AHEAD));
         let (next, rest) = (Semaphore::new(NEXT), Semaphore::new(REST));
         let (waited_for, busy) = (AtomicUsize::new(0), Mutex::default());
-        let (read, held) = (AtomicU64::new(0), Mutex::default());
-        Gate { waited_for, busy, read, next, rest, held, demand, ahead }
+        Gate { waited_for, busy, next, rest, held: Mutex::default(), demand, ahead }
     }
 }
 
@@ -64,8 +64,6 @@ pub enum Urgency {
 /// Somebody may fetch as long as this lives.
 #[derive(Debug)]
 pub struct Turn<'a> {
-    /// Only what a reader will want next.
-    pub only_next: bool,
     _permit: Option<SemaphorePermit<'a>>,
 }
 
@@ -102,9 +100,8 @@ impl Drop for Demand<'_> {
 }
 
 impl Gate {
-    /// A read of a layer waits.
-    pub fn demand(&self, serial: u64) -> Demand<'_> {
-        self.read.store(serial, Ordering::Release);
+    /// A read waits.
+    pub fn demand(&self) -> Demand<'_> {
         self.waited_for.fetch_add(1, Ordering::AcqRel);
         Demand(self)
     }
@@ -141,39 +138,27 @@ impl Gate {
         (!left.is_zero()).then_some(left)
     }
 
-    /// Returns when it is the turn of what nobody waits for. While somebody reads that is what will be read next in the layer that
-    /// was read last, some at once, and one of all the rest; of a layer that is held nothing of the rest, whoever reads.
-    pub async fn turn(&self, serial: u64) -> Turn<'_> {
+    /// Returns when a chunk may be fetched that a reader will want next: some at once.
+    pub async fn next(&self) -> Turn<'_> {
+        Turn { _permit: self.next.acquire().await.ok() }
+    }
+
+    /// Returns when it is the turn of what nobody is known to want, in a fill of this layer that began then: when nobody reads and
+    /// nothing holds it. After `PATIENCE` one chunk of all layers is fetched at a time although somebody reads.
+    pub async fn rest(&self, serial: u64, began: Instant) -> Turn<'_> {
         loop {
             let held = self.is_held(serial);
             let busy = match self.busy_for() {
                 Some(busy) => busy,
                 None if held => LOOK,
-                None => return Turn { only_next: false, _permit: None },
+                None => return Turn { _permit: None },
             };
-            let read = self.read.load(Ordering::Acquire) == serial;
-            let next = async {
-                match read {
-                    true => self.next.acquire().await.ok(),
-                    false => std::future::pending().await,
-                }
-            };
+            let waits = held || began.elapsed() < PATIENCE;
             tokio::select! {
-                biased;
-                permit = next => return Turn { only_next: true, _permit: permit },
-                permit = self.rest.acquire(), if !held => return Turn { only_next: false, _permit: permit.ok() },
+                permit = self.rest.acquire(), if !waits => return Turn { _permit: permit.ok() },
                 () = tokio::time::sleep(busy.min(LOOK)) => {}
             }
         }
-    }
-
-    /// The turn for the rest of a layer, if it is free.
-    pub fn try_rest(&self, serial: u64) -> Option<Turn<'_>> {
-        if self.is_held(serial) {
-            return None;
-        }
-        let permit = self.rest.try_acquire().ok()?;
-        Some(Turn { only_next: false, _permit: Some(permit) })
     }
 
     /// Room in memory for a chunk of so many bytes, until it is written.
@@ -189,52 +174,47 @@ impl Gate {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures::FutureExt;
 
     #[tokio::test(start_paused = true)]
-    async fn what_nobody_waits_for_goes_slowly_while_somebody_reads() {
+    async fn what_nobody_wants_waits_while_somebody_reads() {
         let gate = Gate::default();
         let began = Instant::now();
-        let all: Vec<_> = futures::future::join_all((0..100).map(|_| gate.turn(5))).await;
-        assert_eq!(began.elapsed(), Duration::ZERO);
-        assert!(all.iter().all(|turn| !turn.only_next));
-        drop(all);
-        let demand = gate.demand(5);
-        let slowly: Vec<_> = futures::future::join_all((0..NEXT + REST).map(|_| gate.turn(5))).await;
-        assert_eq!(slowly.iter().filter(|turn| turn.only_next).count(), NEXT);
-        assert!(gate.try_rest(5).is_none());
-        assert_eq!(began.elapsed(), Duration::ZERO);
-        drop(demand);
-        assert!(!gate.turn(5).await.only_next);
-        assert_eq!(began.elapsed(), CALM);
-        drop(slowly);
+        let all: Vec<_> = futures::future::join_all((0..100).map(|_| gate.rest(5, began))).await;
+        assert_eq!((began.elapsed(), all.len()), (Duration::ZERO, 100));
+        let demand = gate.demand();
+        let next: Vec<_> = futures::future::join_all((0..NEXT).map(|_| gate.next())).await;
+        assert!(gate.next().now_or_never().is_none(), "no more at once");
+        drop(next);
+        assert!(tokio::time::timeout(PATIENCE / 2, gate.rest(5, began)).await.is_err());
+        // In the end one at a time, all layers together.
+        let one = gate.rest(6, began).await;
+        assert_eq!(began.elapsed(), PATIENCE);
+        assert!(tokio::time::timeout(CALM, gate.rest(7, began)).await.is_err());
+        drop((one, demand));
+        let (read, later) = (Instant::now(), Instant::now());
+        drop(gate.rest(5, later).await);
+        assert_eq!(read.elapsed(), CALM);
         gate.expect_readers();
-        assert!(gate.turn(5).await.only_next);
-        // Another layer than the one that is read.
-        let one = gate.turn(6).await;
-        assert!(!one.only_next);
-        assert_eq!(began.elapsed(), CALM);
-        drop(gate.turn(6).await);
-        assert_eq!(began.elapsed(), CALM + HEAD_START);
-        drop(one);
+        drop(gate.rest(5, later).await);
+        assert_eq!(read.elapsed(), CALM + HEAD_START);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn of_what_is_held_only_what_a_reader_wants_next_is_fetched() {
+    async fn the_rest_of_what_is_held_is_not_fetched() {
         let gate = Arc::new(Gate::default());
         let (held, twice) = (gate.hold(vec![5, 6]), gate.hold(vec![5]));
-        assert!(gate.try_rest(5).is_none() && gate.try_rest(7).is_some());
-        assert!(!gate.turn(7).await.only_next);
-        let not_soon = tokio::time::timeout(Duration::from_secs(100), gate.turn(5)).await;
-        assert!(not_soon.is_err(), "nobody has read it");
-        drop(gate.demand(5));
-        assert!(gate.turn(5).await.only_next);
-        tokio::time::sleep(2 * CALM).await;
-        assert!(gate.turn(5).await.only_next, "nor later");
+        let began = Instant::now();
+        drop(gate.rest(7, began).await);
+        for serial in [5, 6] {
+            let not_soon = tokio::time::timeout(2 * PATIENCE, gate.rest(serial, began)).await;
+            assert!(not_soon.is_err());
+        }
         drop(held);
-        assert!(gate.try_rest(5).is_none() && gate.try_rest(6).is_some());
+        drop(gate.rest(6, began).await);
+        assert!(tokio::time::timeout(2 * PATIENCE, gate.rest(5, began)).await.is_err());
         drop(twice);
-        tokio::time::sleep(CALM).await;
-        assert!(!gate.turn(5).await.only_next);
+        drop(gate.rest(5, began).await);
         assert!(gate.held.lock().is_empty());
     }
 }

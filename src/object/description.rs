@@ -96,6 +96,14 @@ pub(super) struct Examined {
     turn: tokio::sync::Mutex<()>,
 }
 
+#[cfg(test)]
+impl Objects {
+    /// As a handle that was opened just now.
+    pub(crate) fn forget_description(&self) {
+        self.handle.forget();
+    }
+}
+
 impl Handle {
     /// Another look at the description, as if it had never been read. For tests.
     #[cfg(test)]

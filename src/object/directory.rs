@@ -37,7 +37,7 @@ impl Objects {
             let Some(file) = self.handle.engine.file(&path).await? else { return Ok(Touched::Unsupported) };
             blocking(move || touch(&file).map_err(|error| failed(&error))).await
         };
-        self.hinted(self.handle.conduct.run(call, attempt).await)
+        self.run(call, attempt).await
     }
 
     /// Removes what writes into a directory left unfinished and nobody has touched for `older_than`; answers how many. Other
@@ -50,7 +50,7 @@ impl Objects {
             let Some(top) = self.handle.engine.top() else { return Ok(0) };
             blocking(move || tidy(&top, older_than, DEPTH).map_err(|error| failed(&error))).await
         };
-        self.hinted(self.handle.conduct.run(call, attempt).await)
+        self.run(call, attempt).await
     }
 }
 

@@ -25,7 +25,7 @@
 //! [`Objects::tidy`] removes it.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use object_store::ObjectStore;
@@ -37,18 +37,22 @@ pub mod layout;
 mod breaker;
 mod budget;
 mod call;
+mod credentials;
 mod description;
 mod directory;
 mod failure;
 mod latency;
 mod open;
 mod request;
+#[cfg(test)]
+pub(crate) mod simulated;
 mod stats;
 
 use call::{Conduct, Patience};
+use credentials::FileCredentials;
 use description::Access;
 use failure::Failure;
-use open::Engine;
+use open::{Engine, Opened};
 
 pub use directory::Touched;
 pub use open::Settings;
@@ -148,6 +152,17 @@ impl Default for StoreOptions {
     }
 }
 
+/// What came of a deletion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Deletion {
+    /// It is gone.
+    Deleted,
+    /// Nothing was there.
+    Absent,
+    /// Somebody has renewed it: it stays.
+    Young,
+}
+
 /// One object as a listing shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ObjectInfo {
@@ -157,6 +172,22 @@ pub struct ObjectInfo {
     pub size: u64,
     /// When it was last written, seconds since 1970 UTC by the store's clock.
     pub modified: i64,
+}
+
+/// What time it is here, as a whole number of seconds since 1970 UTC.
+#[derive(Clone)]
+struct Clock(Arc<dyn Fn() -> i64 + Send + Sync>);
+
+impl std::fmt::Debug for Clock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Clock")
+    }
+}
+
+/// The machine's.
+fn machine_clock() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
 /// The store. Cheap to clone; clones share connections, limits and what is known of the store's health.
@@ -170,9 +201,11 @@ pub struct Objects {
 /// What the clones share.
 #[derive(Debug)]
 struct Handle {
+    clock: Clock,
     engine: Engine,
     prefix: Path,
     hint: Option<&'static str>,
+    credentials: Option<FileCredentials>,
     options: StoreOptions,
     conduct: Conduct,
     known: description::Examined,
@@ -183,7 +216,14 @@ impl Objects {
     /// first use. Must be used inside a tokio runtime.
     pub fn open(url: &str, options: &StoreOptions) -> Result<Objects, ObjectError> {
         let opened = open::open(url, options)?;
-        Ok(Objects::new(opened.engine, opened.prefix, opened.hint, options.clone()))
+        Ok(Objects::new(opened, options.clone()))
+    }
+
+    /// The same store as if it had never been looked at. For tests.
+    #[cfg(test)]
+    pub(crate) fn afresh(&self) -> Objects {
+        self.handle.forget();
+        self.clone()
     }
 
     /// A store in memory, for tests.
@@ -192,13 +232,23 @@ impl Objects {
     }
 
     fn over(store: Arc<dyn ObjectStore>, options: StoreOptions) -> Objects {
-        Objects::new(Engine::Remote(store), Path::default(), None, options)
+        Objects::new(Opened::plain(Engine::Remote(store)), options)
     }
 
-    fn new(engine: Engine, prefix: Path, hint: Option<&'static str>, options: StoreOptions) -> Objects {
+    /// The same by another clock.
+    #[cfg(test)]
+    fn by_clock(store: Arc<dyn ObjectStore>, options: StoreOptions, clock: Clock) -> Objects {
+        let mut objects = Objects::over(store, options);
+        let handle = Arc::get_mut(&mut objects.handle).expect("nobody else has it yet");
+        handle.clock = clock;
+        objects
+    }
+
+    fn new(opened: Opened, options: StoreOptions) -> Objects {
+        let Opened { engine, prefix, hint, credentials } = opened;
         let (conduct, total) = (Conduct::new(&options), options.total);
-        let handle =
-            Handle { engine, prefix, hint, options, conduct, known: description::Examined::default() };
+        let (clock, known) = (Clock(Arc::new(machine_clock)), description::Examined::default());
+        let handle = Handle { clock, engine, prefix, hint, credentials, options, conduct, known };
         Objects { handle: Arc::new(handle), total, patience: Patience::None }
     }
 
@@ -211,6 +261,17 @@ impl Objects {
     /// of the store that others are not kept waiting for.
     pub fn patient(&self, total: Duration) -> Objects {
         Objects { handle: Arc::clone(&self.handle), total, patience: Patience::UntilDeadline }
+    }
+
+    /// What time it is by this machine's clock, seconds since 1970 UTC: to be compared with [`ObjectInfo::modified`], which is by
+    /// the store's.
+    pub fn now(&self) -> i64 {
+        (self.handle.clock.0)()
+    }
+
+    /// Whether requests are looks into a directory, and cost next to nothing.
+    pub fn is_directory(&self) -> bool {
+        matches!(self.handle.engine, Engine::Directory { .. })
     }
 
     /// What has happened on this store so far, over all clones.
@@ -261,6 +322,18 @@ impl Objects {
         let until = self.deadline();
         self.ready(Access::Write, until).await?;
         self.remove(name, until).await
+    }
+
+    /// Deletes an object unless it was written at `young_from` (seconds since 1970 UTC by the store's clock) or later. Looks right
+    /// before it deletes, and takes no longer for both than one call may take: no store deletes under a condition.
+    pub async fn delete_unless_young(&self, name: &str, young_from: i64) -> Result<Deletion, ObjectError> {
+        let until = self.deadline();
+        self.ready(Access::Write, until).await?;
+        match self.head(name, until).await? {
+            None => Ok(Deletion::Absent),
+            Some(info) if info.modified >= young_from => Ok(Deletion::Young),
+            Some(_) => self.remove(name, until).await.map(|()| Deletion::Deleted),
+        }
     }
 
     /// When a call that begins now is over.

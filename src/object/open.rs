@@ -16,6 +16,7 @@ use object_store::{ClientOptions, ObjectStore, RetryConfig};
 use tokio::sync::OnceCell;
 use url::Url;
 
+use super::credentials::FileCredentials;
 use super::failure::{Failure, of_io};
 use super::{ObjectError, StoreOptions};
 use crate::sys::blocking;
@@ -34,7 +35,7 @@ impl Settings {
         pairs.filter(|(name, _)| of_stores(name)).collect()
     }
 
-    fn get(&self, name: &str) -> Option<&str> {
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(String::as_str)
     }
 
@@ -71,6 +72,15 @@ pub(super) struct Opened {
     pub(super) prefix: Path,
     /// What is added to a refusal.
     pub(super) hint: Option<&'static str>,
+    /// Those that may become others.
+    pub(super) credentials: Option<FileCredentials>,
+}
+
+impl Opened {
+    /// Without a prefix and without credentials.
+    pub(super) fn plain(engine: Engine) -> Opened {
+        Opened { engine, prefix: Path::default(), hint: None, credentials: None }
+    }
 }
 
 pub(super) fn open(text: &str, options: &StoreOptions) -> Result<Opened, ObjectError> {
@@ -89,11 +99,7 @@ pub(super) fn open(text: &str, options: &StoreOptions) -> Result<Opened, ObjectE
         if url.host_str().is_some_and(|host| !host.is_empty()) || root == FilePath::new("/") {
             return Err(wrong("expected file:///DIR, a directory for the store alone".into()));
         }
-        return Ok(Opened {
-            engine: Engine::Directory { root, opened: OnceCell::new() },
-            prefix: Path::default(),
-            hint: None,
-        });
+        return Ok(Opened::plain(Engine::Directory { root, opened: OnceCell::new() }));
     }
     let bucket = url
         .host_str()
@@ -103,17 +109,21 @@ pub(super) fn open(text: &str, options: &StoreOptions) -> Result<Opened, ObjectE
         return Err(wrong("the endpoint is given by AWS_ENDPOINT_URL, not by the URL".into()));
     }
     let prefix = Path::from_url_path(url.path()).map_err(|error| wrong(error.to_string()))?;
-    let (store, hint): (Result<Arc<dyn ObjectStore>, _>, _) = match url.scheme() {
-        "s3" => (s3(bucket, options).map(|s| Arc::new(s) as _), s3_hint(&options.settings)),
-        "gs" => (gcs(bucket, options).map(|s| Arc::new(s) as _), None),
-        "az" | "azure" => (azure(bucket, options).map(|s| Arc::new(s) as _), None),
+    let (mut hint, mut credentials) = (None, None);
+    let store: Result<Arc<dyn ObjectStore>, _> = match url.scheme() {
+        "s3" => {
+            (hint, credentials) = (s3_hint(&options.settings), FileCredentials::of(&options.settings));
+            s3(bucket, options, credentials.clone()).map(|s| Arc::new(s) as _)
+        }
+        "gs" => gcs(bucket, options).map(|s| Arc::new(s) as _),
+        "az" | "azure" => azure(bucket, options).map(|s| Arc::new(s) as _),
         other => return Err(wrong(format!("{other} is no kind of store; expected {EXPECTED}"))),
     };
     let store = store.map_err(|error| match Failure::from(error) {
         Failure::Transient(problem) | Failure::TooSoon(problem) => wrong(problem),
         Failure::Final(error) => wrong(error.to_string()),
     })?;
-    Ok(Opened { engine: Engine::Remote(store), prefix, hint })
+    Ok(Opened { engine: Engine::Remote(store), prefix, hint, credentials })
 }
 
 const EXPECTED: &str = "file:///DIR, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX";
@@ -138,7 +148,11 @@ fn no_retries() -> RetryConfig {
     RetryConfig { max_retries: 0, ..RetryConfig::default() }
 }
 
-fn s3(bucket: &str, options: &StoreOptions) -> object_store::Result<object_store::aws::AmazonS3> {
+fn s3(
+    bucket: &str,
+    options: &StoreOptions,
+    credentials: Option<FileCredentials>,
+) -> object_store::Result<object_store::aws::AmazonS3> {
     let settings = &options.settings;
     let endpoint = settings.get("AWS_ENDPOINT_URL_S3").or_else(|| settings.get("AWS_ENDPOINT_URL"));
     let plain_http = endpoint.is_some_and(|url| url.starts_with("http://"));
@@ -158,20 +172,26 @@ fn s3(bucket: &str, options: &StoreOptions) -> object_store::Result<object_store
         // Not Amazon's, so there is no instance metadata to ask for credentials: try as anybody.
         builder = builder.with_skip_signature(true);
     }
+    if let Some(credentials) = credentials {
+        builder = builder.with_credentials(Arc::new(credentials));
+    }
     builder.with_retry(no_retries()).with_bucket_name(bucket).build()
 }
 
 /// Said with a refusal when there was nothing to identify us with.
 fn s3_hint(settings: &Settings) -> Option<&'static str> {
-    const SOURCES: [&str; 5] = [
+    const SOURCES: [&str; 6] = [
         "AWS_ACCESS_KEY_ID",
+        "AWS_SHARED_CREDENTIALS_FILE",
         "AWS_WEB_IDENTITY_TOKEN_FILE",
         "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
         "AWS_CONTAINER_CREDENTIALS_FULL_URI",
         "AWS_METADATA_ENDPOINT",
     ];
     let none = SOURCES.iter().all(|name| settings.get(name).is_none());
-    none.then_some("no credentials are set: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    none.then_some(
+        "no credentials are set: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SHARED_CREDENTIALS_FILE",
+    )
 }
 
 fn gcs(bucket: &str, options: &StoreOptions) -> object_store::Result<object_store::gcp::GoogleCloudStorage> {

@@ -30,7 +30,7 @@ impl Objects {
         let path = self.path(name);
         let call = self.call(&what, Operation::Get, LONGEST_BODY, until);
         let attempt = || self.handle.get_once(&path, name, limit);
-        self.hinted(self.handle.conduct.run(call, attempt).await)
+        self.run(call, attempt).await
     }
 
     pub(super) async fn store(&self, name: &str, bytes: Bytes, until: Instant) -> Result<(), ObjectError> {
@@ -44,7 +44,7 @@ impl Objects {
             self.handle.conduct.counters.written.add(size);
             Ok(())
         };
-        self.hinted(self.handle.conduct.run(call, attempt).await)
+        self.run(call, attempt).await
     }
 
     pub(super) async fn head(&self, name: &str, until: Instant) -> Result<Option<ObjectInfo>, ObjectError> {
@@ -55,7 +55,7 @@ impl Objects {
             let found = self.handle.engine.store().await?.head(&path).await;
             Ok(found_or_missing(found)?.map(|meta| self.info(&meta)))
         };
-        self.hinted(self.handle.conduct.run(call, attempt).await)
+        self.run(call, attempt).await
     }
 
     pub(super) async fn enumerate(
@@ -76,7 +76,7 @@ impl Objects {
             }
             Ok(found)
         };
-        self.hinted(self.handle.conduct.run(call, attempt).await)
+        self.run(call, attempt).await
     }
 
     pub(super) async fn remove(&self, name: &str, until: Instant) -> Result<(), ObjectError> {
@@ -87,7 +87,7 @@ impl Objects {
             let gone = self.handle.engine.store().await?.delete(&path).await;
             found_or_missing(gone).map(|_| ())
         };
-        self.hinted(self.handle.conduct.run(call, attempt).await)
+        self.run(call, attempt).await
     }
 
     pub(super) fn call<'a>(
@@ -104,7 +104,22 @@ impl Objects {
         Call { what, operation, lane, deadline, attempt, patience: self.patience }
     }
 
-    pub(super) fn hinted<T>(&self, outcome: Result<T, ObjectError>) -> Result<T, ObjectError> {
+    /// Makes the call; once more if the store refused it and there are other credentials since.
+    pub(super) async fn run<T, F>(&self, call: Call<'_>, attempt: impl Fn() -> F) -> Result<T, ObjectError>
+    where
+        F: Future<Output = Result<T, Failure>>,
+    {
+        let Handle { conduct, credentials, .. } = &*self.handle;
+        let Some(credentials) = credentials else { return self.hinted(conduct.run(call, attempt).await) };
+        let before = credentials.generation();
+        let mut outcome = conduct.run(call, &attempt).await;
+        if matches!(outcome, Err(ObjectError::Denied(_))) && credentials.are_newer_than(before).await {
+            outcome = conduct.run(call, &attempt).await;
+        }
+        self.hinted(outcome)
+    }
+
+    fn hinted<T>(&self, outcome: Result<T, ObjectError>) -> Result<T, ObjectError> {
         outcome.map_err(|error| match (error, self.handle.hint) {
             (ObjectError::Denied(told), Some(hint)) => ObjectError::Denied(format!("{told} ({hint})")),
             (ObjectError::Unreachable(told), Some(hint)) => {

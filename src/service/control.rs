@@ -9,11 +9,13 @@ use super::status;
 use crate::oci::{ChainId, Digest};
 use crate::proto::speedy::v1 as wire;
 use crate::proto::speedy::v1::control_server::Control;
-use crate::snapshot::report::{StatusReport, StoreState};
+use crate::snapshot::report::{LayerReport, MirrorState, StatusReport, StoreState};
 use crate::snapshot::snapshotter::Snapshotter;
 
 /// What a daemon says of itself beside what its snapshotter knows.
 pub struct About {
+    /// What its machine calls itself.
+    pub node: String,
     /// Where its snapshots are.
     pub root: String,
     /// How layer images are mounted here, or why they are not.
@@ -26,6 +28,8 @@ pub struct About {
     pub publish_policy: String,
     /// The store as it is now.
     pub store: Box<dyn Fn() -> Option<StoreState> + Send + Sync>,
+    /// Who answers for registries, as it is now.
+    pub mirror: Box<dyn Fn() -> Option<MirrorState> + Send + Sync>,
     /// Bytes free on the root's file system.
     pub free_bytes: Box<dyn Fn() -> u64 + Send + Sync>,
 }
@@ -44,10 +48,15 @@ pub(super) struct ControlService {
 }
 
 impl ControlService {
-    fn status_report(&self) -> StatusReport {
+    pub(super) fn layer_reports(&self) -> Vec<LayerReport> {
+        self.snapshotter.layer_reports()
+    }
+
+    pub(super) fn status_report(&self) -> StatusReport {
         let about = &self.about;
         StatusReport {
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: about.node.clone(),
             root: about.root.clone(),
             containerd: self.snapshotter.containerd_version(),
             layer_images: about.layer_images.clone(),
@@ -57,6 +66,7 @@ impl ControlService {
             store: (about.store)(),
             traces: self.snapshotter.trace_state(about.traces),
             publish: self.snapshotter.publish_state(&about.publish_policy),
+            mirror: (about.mirror)(),
             free_bytes: (about.free_bytes)(),
         }
     }
@@ -80,8 +90,8 @@ impl Control for ControlService {
     }
 
     async fn layers(&self, _: Request<wire::LayersRequest>) -> Result<Response<wire::Report>, Status> {
-        let snapshotter = Arc::clone(&self.snapshotter);
-        report(move || Ok(snapshotter.layer_reports())).await
+        let this = self.clone();
+        report(move || Ok(this.layer_reports())).await
     }
 
     async fn explain(

@@ -29,7 +29,8 @@ const TAR: &str = "application/vnd.oci.image.layer.v1.tar";
 /// The service.
 #[derive(Debug, Clone)]
 pub(super) struct DiffService {
-    pub(super) snapshotter: Arc<Snapshotter>,
+    /// One for each driver.
+    pub(super) snapshotters: Vec<Arc<Snapshotter>>,
     pub(super) blobs: Blobs,
     pub(super) calls: Calls,
 }
@@ -46,10 +47,11 @@ impl Diff for DiffService {
         let namespace = namespace.unwrap_or("default").to_owned();
         let request = request.into_inner();
         let mounts = convert::driver_mounts(request.mounts);
-        if !self.snapshotter.is_ours(&mounts) {
+        let Some(snapshotter) = self.snapshotters.iter().find(|snapshotter| snapshotter.is_ours(&mounts))
+        else {
             return Err(Status::unimplemented("these mounts are not of a snapshot of speedy"));
-        }
-        let (snapshotter, blobs) = (Arc::clone(&self.snapshotter), self.blobs.clone());
+        };
+        let (snapshotter, blobs) = (Arc::clone(snapshotter), self.blobs.clone());
         let metrics = self.calls.metrics.clone();
         let apply = async move {
             let diff = request.diff.unwrap_or_default();

@@ -1,7 +1,8 @@
-//! The wire: gRPC on a unix socket, and metrics on a loopback port.
+//! The wire: gRPC on a unix socket; metrics and the status page on a loopback port.
 //!
 //! **Where.** Built and owned by `daemon`; calls `snapshot` and nothing below it. The only module that knows gRPC: RPCs are in
-//! `snapshots`, values are turned in `convert`, errors get their codes in `status`.
+//! `snapshots`, values are turned in `convert`, errors get their codes in `status`;
+//! `page` is what a browser sees.
 //!
 //! **Invariants.** A call that changes something comes to its end even if its caller goes away. Nothing is answered that is not
 //! durable.
@@ -25,6 +26,7 @@ mod call;
 mod control;
 mod convert;
 mod diff;
+mod page;
 mod snapshots;
 mod status;
 
@@ -58,10 +60,12 @@ pub enum ServeError {
 pub struct Served {
     /// The use cases.
     pub snapshotter: Arc<Snapshotter>,
+    /// Those of another driver, for calls with this snapshotter's name.
+    pub beside: Option<(String, Arc<Snapshotter>)>,
     /// Where layers to be applied are read from.
     pub blobs: Blobs,
     /// What the daemon says of itself.
-    pub about: About,
+    pub about: Arc<About>,
     /// What is counted.
     pub metrics: Metrics,
     /// Owns the calls that go on without their callers.
@@ -75,11 +79,12 @@ pub async fn serve(
     stop: CancellationToken,
 ) -> Result<(), ServeError> {
     let listener = tokio::net::UnixListener::from_std(listener).map_err(ServeError::Socket)?;
-    let Served { snapshotter, blobs, about, metrics, tasks } = served;
+    let Served { snapshotter, beside, blobs, about, metrics, tasks } = served;
     let calls = call::Calls { tasks, metrics };
-    let control = control::ControlService { snapshotter: Arc::clone(&snapshotter), about: Arc::new(about) };
-    let diff = diff::DiffService { snapshotter: Arc::clone(&snapshotter), blobs, calls: calls.clone() };
-    let service = snapshots::SnapshotsService { snapshotter, calls };
+    let control = control::ControlService { snapshotter: Arc::clone(&snapshotter), about };
+    let all = std::iter::once(&snapshotter).chain(beside.as_ref().map(|(_, beside)| beside));
+    let diff = diff::DiffService { snapshotters: all.cloned().collect(), blobs, calls: calls.clone() };
+    let service = snapshots::SnapshotsService { snapshotter, beside, calls };
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<SnapshotsServer<snapshots::SnapshotsService>>().await;
     let snapshots = SnapshotsServer::new(service)
@@ -96,20 +101,47 @@ pub async fn serve(
         .map_err(ServeError::Grpc)
 }
 
-/// Serves `GET /metrics` on `address` until `stop`.
+/// What is shown on the loopback port.
+#[derive(Debug, Clone)]
+pub struct Shown {
+    /// What is counted.
+    pub metrics: Metrics,
+    /// The use cases.
+    pub snapshotter: Arc<Snapshotter>,
+    /// What the daemon says of itself.
+    pub about: Arc<About>,
+}
+
+/// Serves `GET /metrics` and the status page, `GET /`, until `stop`.
 pub async fn serve_metrics(
     listener: tokio::net::TcpListener,
-    metrics: Metrics,
+    shown: Shown,
     stop: CancellationToken,
 ) -> std::io::Result<()> {
     const TEXT: [(&str, &str); 1] =
         [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
+    let Shown { metrics, snapshotter, about } = shown;
     let text = move || {
         let metrics = metrics.clone();
         // Sizes of files are looked up for it.
         async move { (TEXT, tokio::task::spawn_blocking(move || metrics.text()).await.unwrap_or_default()) }
     };
-    let router = axum::Router::new().route("/metrics", axum::routing::get(text));
+    let control = control::ControlService { snapshotter, about };
+    let page = move |headers: axum::http::HeaderMap| {
+        let control = control.clone();
+        async move {
+            let host = headers.get(axum::http::header::HOST).map(|host| host.to_str().unwrap_or_default());
+            if !page::is_own_host(host) {
+                return Err((axum::http::StatusCode::FORBIDDEN, "ask by address, or as localhost\n"));
+            }
+            Ok((
+                page::HEADERS,
+                tokio::task::spawn_blocking(move || page::now(&control)).await.unwrap_or_default(),
+            ))
+        }
+    };
+    let router =
+        axum::Router::new().route("/metrics", axum::routing::get(text)).route("/", axum::routing::get(page));
     // Not gracefully: somebody who holds a connection open must not hold up a stop.
     tokio::select! {
         () = stop.cancelled() => Ok(()),

@@ -26,7 +26,18 @@ const LIST_BYTES: usize = 2 * 1024 * 1024;
 #[derive(Debug, Clone)]
 pub(super) struct SnapshotsService {
     pub(super) snapshotter: Arc<Snapshotter>,
+    /// Of another driver, under its name; all other names are the main one's.
+    pub(super) beside: Option<(String, Arc<Snapshotter>)>,
     pub(super) calls: Calls,
+}
+
+impl SnapshotsService {
+    fn of(&self, name: &str) -> Arc<Snapshotter> {
+        match &self.beside {
+            Some((own, beside)) if own == name => Arc::clone(beside),
+            _ => Arc::clone(&self.snapshotter),
+        }
+    }
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -40,7 +51,8 @@ impl Snapshots for SnapshotsService {
         request: Request<wire::PrepareSnapshotRequest>,
     ) -> Answer<wire::PrepareSnapshotResponse> {
         let span = span(Method::Prepare, request.metadata(), &request.get_ref().key);
-        let (request, snapshotter) = (request.into_inner(), Arc::clone(&self.snapshotter));
+        let request = request.into_inner();
+        let snapshotter = self.of(&request.snapshotter);
         let prepare = async move {
             let (key, parent) = (Key::new(&request.key)?, Key::optional(&request.parent)?);
             match snapshotter.prepare(key, parent, convert::labels(request.labels)).await? {
@@ -55,7 +67,8 @@ impl Snapshots for SnapshotsService {
 
     async fn view(&self, request: Request<wire::ViewSnapshotRequest>) -> Answer<wire::ViewSnapshotResponse> {
         let span = span(Method::View, request.metadata(), &request.get_ref().key);
-        let (request, snapshotter) = (request.into_inner(), Arc::clone(&self.snapshotter));
+        let request = request.into_inner();
+        let snapshotter = self.of(&request.snapshotter);
         let view = async move {
             let (key, parent) = (Key::new(&request.key)?, Key::optional(&request.parent)?);
             snapshotter.view(key, parent, convert::labels(request.labels)).await
@@ -66,7 +79,9 @@ impl Snapshots for SnapshotsService {
 
     async fn mounts(&self, request: Request<wire::MountsRequest>) -> Answer<wire::MountsResponse> {
         let span = span(Method::Mounts, request.metadata(), &request.get_ref().key);
-        let mounts = async { self.snapshotter.mounts(&Key::new(&request.get_ref().key)?).await };
+        let mounts = async {
+            self.of(&request.get_ref().snapshotter).mounts(&Key::new(&request.get_ref().key)?).await
+        };
         let mounts = convert::mounts(self.calls.run(Method::Mounts, span, mounts).await?);
         Ok(Response::new(wire::MountsResponse { mounts }))
     }
@@ -77,21 +92,23 @@ impl Snapshots for SnapshotsService {
         let commit = async {
             let (name, key) = (Key::new(&request.name)?, Key::new(&request.key)?);
             let parent = Key::optional(&request.parent)?;
-            self.snapshotter.commit(name, key, parent, convert::labels(request.labels)).await
+            self.of(&request.snapshotter).commit(name, key, parent, convert::labels(request.labels)).await
         };
         self.calls.run(Method::Commit, span, commit).await.map(Response::new)
     }
 
     async fn remove(&self, request: Request<wire::RemoveSnapshotRequest>) -> Answer<()> {
         let span = span(Method::Remove, request.metadata(), &request.get_ref().key);
-        let remove = async { self.snapshotter.remove(Key::new(&request.get_ref().key)?).await };
+        let remove =
+            async { self.of(&request.get_ref().snapshotter).remove(Key::new(&request.get_ref().key)?).await };
         self.calls.run(Method::Remove, span, remove).await.map(Response::new)
     }
 
     async fn stat(&self, request: Request<wire::StatSnapshotRequest>) -> Answer<wire::StatSnapshotResponse> {
         let began = Instant::now();
         let span = span(Method::Stat, request.metadata(), &request.get_ref().key);
-        let info = Key::new(&request.get_ref().key).and_then(|key| self.snapshotter.stat(&key));
+        let snapshotter = self.of(&request.get_ref().snapshotter);
+        let info = Key::new(&request.get_ref().key).and_then(|key| snapshotter.stat(&key));
         let info = Some(convert::info(self.calls.finish(Method::Stat, &span, began, info)?));
         Ok(Response::new(wire::StatSnapshotResponse { info }))
     }
@@ -106,7 +123,7 @@ impl Snapshots for SnapshotsService {
         let update = async {
             let info = request.info.unwrap_or_default();
             let update = convert::label_update(info.labels, request.update_mask)?;
-            self.snapshotter.update(Key::new(&info.name)?, update).await
+            self.of(&request.snapshotter).update(Key::new(&info.name)?, update).await
         };
         let info = Some(convert::info(self.calls.run(Method::Update, span, update).await?));
         Ok(Response::new(wire::UpdateSnapshotResponse { info }))
@@ -115,26 +132,28 @@ impl Snapshots for SnapshotsService {
     async fn list(&self, request: Request<wire::ListSnapshotsRequest>) -> Answer<Self::ListStream> {
         let began = Instant::now();
         let span = span(Method::List, request.metadata(), "");
-        let (filters, snapshotter) = (request.into_inner().filters, Arc::clone(&self.snapshotter));
-        let find = move || Filter::parse(&filters).map(|filter| snapshotter.list(&filter));
+        let request = request.into_inner();
+        let (filters, snapshotter) = (request.filters, self.of(&request.snapshotter));
+        let listed = Arc::clone(&snapshotter);
+        let find = move || Filter::parse(&filters).map(|filter| listed.list(&filter));
         // Matching a filter of somebody's making takes what it takes: not on the threads that everybody's calls need.
         let records = tokio::task::spawn_blocking(find).await;
         let records = records.map_err(|_| SnapshotError::ShuttingDown).and_then(|found| Ok(found?));
         let records = self.calls.finish(Method::List, &span, began, records)?;
-        let snapshotter = Arc::clone(&self.snapshotter);
         Ok(Response::new(ListStream { records: records.into_iter(), snapshotter }))
     }
 
     async fn usage(&self, request: Request<wire::UsageRequest>) -> Answer<wire::UsageResponse> {
         let span = span(Method::Usage, request.metadata(), &request.get_ref().key);
-        let usage = async { self.snapshotter.usage(&Key::new(&request.get_ref().key)?).await };
+        let usage =
+            async { self.of(&request.get_ref().snapshotter).usage(&Key::new(&request.get_ref().key)?).await };
         self.calls.run(Method::Usage, span, usage).await.map(convert::usage).map(Response::new)
     }
 
     async fn cleanup(&self, request: Request<wire::CleanupRequest>) -> Answer<()> {
         let span = span(Method::Cleanup, request.metadata(), "");
         let cleanup = async {
-            self.snapshotter.cleanup().await;
+            self.of(&request.get_ref().snapshotter).cleanup().await;
             Ok(())
         };
         self.calls.run(Method::Cleanup, span, cleanup).await.map(Response::new)

@@ -59,6 +59,7 @@ fn code(error: &SnapshotError) -> Code {
         | SnapshotError::Filter(_)
         | SnapshotError::Mapping(_) => Code::InvalidArgument,
         SnapshotError::RebaseOntoUncommitted { .. }
+        | SnapshotError::CannotRebase { .. }
         | SnapshotError::NotActive { .. }
         | SnapshotError::NotMountable { .. }
         | SnapshotError::HasChildren { .. } => Code::FailedPrecondition,
@@ -90,6 +91,7 @@ fn driver_code(error: &DriverError) -> Code {
         DriverError::Full { .. } => Code::ResourceExhausted,
         DriverError::Missing(_) => Code::DataLoss,
         DriverError::Busy(_) => Code::FailedPrecondition,
+        DriverError::Invalid(_) => Code::InvalidArgument,
         DriverError::Cancelled => Code::Cancelled,
         DriverError::Unsupported(_) | DriverError::Io { .. } => Code::Internal,
     }

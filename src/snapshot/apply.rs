@@ -25,7 +25,7 @@ use super::remote::{EXTRACT, client_key};
 use super::stock::blocking;
 use super::{Kind, SnapshotError, Timestamp};
 use crate::containerd::blob::OpenBlob;
-use crate::driver::{Driver, Id, Mount};
+use crate::driver::{Driver, Id, Mount, Storage};
 use crate::image::extract::{self, Durability, Extract, Whiteouts};
 use crate::image::{self, Compression, Facts, ImageError, Limits, Source};
 use crate::layer::LayerError;
@@ -175,6 +175,9 @@ impl Applier {
     /// The active snapshot whose directory these mounts are of, and what whiteouts become there.
     fn serial_of(&self, mounts: &[Mount]) -> Option<(u64, Whiteouts)> {
         let [mount] = mounts else { return None };
+        if let Some(serial) = self.driver.volume_of(mount) {
+            return Some((serial, Whiteouts::Remove));
+        }
         let (dir, whiteouts) = match mount.kind.as_str() {
             "bind" => (mount.source.as_str(), Whiteouts::Remove),
             "overlay" => {
@@ -275,8 +278,12 @@ impl Applier {
     }
 
     async fn write_files(&self, job: Job) -> Result<Applied, SnapshotError> {
-        let dir = self.points.join(format!("{}/fs", job.record.id.serial));
-        let (below, limits) = (self.below(&job.stack), self.limits.clone());
+        let (id, driver) = (job.record.id, Arc::clone(&self.driver));
+        let dir = self.points.join(format!("{}/fs", id.serial));
+        // A volume has in it what is below.
+        let is_volume = driver.storage() == Storage::Volumes;
+        let stack = if is_volume { Stack::default() } else { job.stack.clone() };
+        let (below, limits) = (self.below(&stack), self.limits.clone());
         let cancel = CancellationToken::new();
         let _end = cancel.clone().drop_guard();
         let extracted = blocking(move || {
@@ -287,7 +294,24 @@ impl Applier {
             let (whiteouts, durability) = (job.whiteouts, Durability::Synced);
             let how = Extract { whiteouts, below: &below, limits: &limits, durability };
             let source = Source { blob: source, compression: job.compression };
-            extract::extract(source, &dir, &how, &cancelled).map_err(|source| no_room(&dir, blob, source))
+            if !is_volume {
+                return extract::extract(source, &dir, &how, &cancelled)
+                    .map_err(|source| no_room(&dir, blob, source));
+            }
+            let (mut source, mut extracted) = (Some(source), None);
+            let filled = driver.fill(id, &mut |dir| {
+                extracted = source.take().map(|source| extract::extract(source, dir, &how, &cancelled));
+                match &extracted {
+                    Some(Ok(_)) => Ok(()),
+                    _ => Err(std::io::ErrorKind::Other.into()),
+                }
+            });
+            match extracted {
+                // What is wrong with the layer says more than that the volume was not filled.
+                Some(Err(source)) => Err(no_room(&dir, blob, source)),
+                Some(Ok(extracted)) => filled.map(|()| extracted).map_err(SnapshotError::from),
+                None => Err(filled.err().map_or(SnapshotError::ShuttingDown, SnapshotError::from)),
+            }
         })
         .await?;
         Ok(Applied { diff_id: extracted.diff_id, tar_size: extracted.tar_size, how: How::Files })

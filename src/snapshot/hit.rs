@@ -5,8 +5,8 @@
 //!
 //! **Invariants.** containerd holds a lock during Prepare that its collector waits for, so nothing is awaited here but the ref,
 //! the index and the metadata, within a deadline; data is fetched in the background and awaited in Mounts. A hit is answered
-//! only if no chunk is found to be missing, of all that could be asked for in a tenth of a second. Every failure is a miss: the
-//! layer is then pulled as with any snapshotter.
+//! only if no chunk is found to be missing, of some that are asked for. Every failure is a miss: the layer is then pulled as with any
+//! snapshotter.
 //!
 //! **When it fails.** After a deadline that passed, the store is left alone for a while, so that an ordinary pull is delayed by one
 //! time-out, not by one for each layer.
@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -23,7 +24,7 @@ use super::layers::Layers;
 use super::metastore::{LayerChoice, LayerRecord, MetaStore, NewLayer, Origin, Progress, Record};
 use super::stock::blocking;
 use super::{SnapshotError, Timestamp};
-use crate::chunk::ChunkRef;
+use crate::chunk::ChunkId;
 use crate::content::index::LayerIndex;
 use crate::content::{ContentError, ContentStore, Lookup};
 use crate::driver::Id;
@@ -33,9 +34,6 @@ use crate::oci::ChainId;
 
 /// Layers with less data than this are fetched whole before they are answered.
 const SMALL: u64 = 4 * 1024 * 1024;
-/// How long the store is asked whether it has the chunks: a gateway answers some 1000 such requests a second, which wait for the
-/// data of the layers below, and layers of 1 GB have 4000 chunks. A ref is written after its chunks, so this only finds damage.
-const CHECK: Duration = Duration::from_millis(100);
 /// How long the store is left alone after a deadline has passed.
 const REST: Duration = Duration::from_secs(30);
 /// How long a Prepare may still take once containerd's collector waits for it.
@@ -74,7 +72,7 @@ pub(super) enum HitError {
     #[error("its metadata is not what a layer image may have: {0}")]
     Metadata(#[from] check::CheckError),
     #[error("{missing} of its chunks are not in the store, {first} among them")]
-    Incomplete { missing: usize, first: crate::chunk::ChunkId },
+    Incomplete { missing: usize, first: ChunkId },
     #[error("its ref is signed by {0} only, which this node does not trust; to trust it: {1}")]
     Untrusted(String, String),
     #[error("the store did not answer within {0:?}")]
@@ -321,21 +319,27 @@ impl Hits {
             layers.open(serial, || Some(opened))
         })
         .await?;
-        cold.fetch(index.metadata_places()).await?;
-        let (file, layout) = (Arc::clone(cold.file()), index.facts().layout.clone());
-        blocking(move || Ok::<_, SnapshotError>(check::check(&*file, &layout))).await??;
-        let data: Vec<(u64, ChunkRef)> = index.data_chunks().collect();
-        let plain: u64 = data.iter().map(|(_, chunk)| u64::from(chunk.length)).sum();
+        let plain: u64 = index.data_chunks().map(|(_, chunk)| u64::from(chunk.length)).sum();
+        let metadata = async {
+            match plain < SMALL {
+                true => cold.fetch(0..index.chunks().len()).await?,
+                false => cold.fetch(index.metadata_places()).await?,
+            }
+            let (file, layout) = (Arc::clone(cold.file()), index.facts().layout.clone());
+            blocking(move || Ok::<_, SnapshotError>(check::check(&*file, &layout))).await??;
+            Ok(())
+        };
+        future::try_join(metadata, self.ask_for_some(index, plain)).await.map(drop)
+    }
+
+    /// Whether the store has chunks of a layer whose data was not fetched.
+    async fn ask_for_some(&self, index: &LayerIndex, plain: u64) -> Result<(), HitError> {
         if plain < SMALL {
-            cold.fetch(0..index.chunks().len()).await?;
             return Ok(());
         }
-        let wanted: Vec<ChunkRef> = data
-            .into_iter()
-            .map(|(_, chunk)| chunk)
-            .filter(|chunk| !self.layers.has_chunk(&chunk.id))
-            .collect();
-        let missing = self.content.missing(wanted, CHECK).await?;
+        let wanted = index.data_chunks().map(|(_, chunk)| chunk);
+        let wanted = wanted.filter(|chunk| !self.layers.has_chunk(&chunk.id));
+        let missing = self.content.sample(wanted).await?;
         match missing.first() {
             None => Ok(()),
             Some(first) => Err(HitError::Incomplete { missing: missing.len(), first: first.id }),

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::SnapshotError;
 use super::locks::KeyedLocks;
 use super::metastore::{LayerRecord, MetaStore, Origin, Progress};
+use super::pins::Pins;
 use super::report::LayerReport;
 use super::stock::blocking;
 use crate::content::ContentError;
@@ -56,6 +57,7 @@ pub struct Layers {
     pub store: Arc<LayerStore>,
     cold: Option<Arc<ColdLayers>>,
     lazy: Option<Arc<Lazy>>,
+    pins: Option<Arc<Pins>>,
     fills: Mutex<HashMap<u64, Arc<Fill>>>,
     /// Layer indexes whose data could not be fetched, and when.
     broken: Mutex<HashMap<[u8; 32], Instant>>,
@@ -132,6 +134,8 @@ enum How {
 #[derive(Debug)]
 pub struct Fill {
     state: watch::Sender<State>,
+    /// The layer image is to be removed.
+    gone: CancellationToken,
 }
 
 #[derive(Debug, Clone)]
@@ -189,6 +193,7 @@ impl Layers {
             store,
             cold,
             lazy,
+            pins: None,
             fills: Mutex::default(),
             broken: Mutex::default(),
             attach_locks: KeyedLocks::default(),
@@ -199,6 +204,11 @@ impl Layers {
             disk: Disk::default(),
             work: Work::default(),
         }
+    }
+
+    /// With some of them kept whole.
+    pub fn with_pins(self, pins: Option<Arc<Pins>>) -> Layers {
+        Layers { pins, ..self }
     }
 
     /// With this done for them while [`Layers::run`] runs.
@@ -330,7 +340,7 @@ impl Layers {
     /// Waits until all of them can be attached.
     pub(super) async fn readable(self: &Arc<Self>, layers: &[Id]) -> Result<(), SnapshotError> {
         for id in layers {
-            if !self.can_be_lazy(id.serial) {
+            if self.is_pinned(id.serial) || !self.can_be_lazy(id.serial) {
                 self.wait(id.serial).await?;
             }
         }
@@ -352,6 +362,16 @@ impl Layers {
         self.is_complete(serial) || self.fills.lock().get(&serial).is_some_and(usable)
     }
 
+    /// Whether nothing of it may be read before all of it is here.
+    fn is_pinned(&self, serial: u64) -> bool {
+        self.pins.as_ref().is_some_and(|pins| pins.is_wanted_whole(serial))
+    }
+
+    /// Whether it is not to be given up, whatever happens.
+    fn is_kept(&self, serial: u64) -> bool {
+        self.pins.as_ref().is_some_and(|pins| pins.is_kept(serial))
+    }
+
     /// Whether it can be read although it is not here: its data is known not to be out of reach.
     fn can_be_lazy(&self, serial: u64) -> bool {
         let lazy = self.lazy.as_ref().is_some_and(|lazy| !lazy.has_ended());
@@ -367,7 +387,18 @@ impl Layers {
         }
         let fill = self.fill(serial);
         let mut state = fill.state.subscribe();
-        let ended = state.wait_for(|state| !matches!(state, State::Running)).await;
+        // The fill alone would stand back for whoever reads something else.
+        let hurry = async {
+            if let Some(cold) = self.cold.as_ref().and_then(|cold| cold.get(serial)) {
+                // What goes wrong is the fill's to tell.
+                drop(cold.fetch(0..cold.index().chunks().len()).await);
+            }
+            std::future::pending::<()>().await;
+        };
+        let ended = tokio::select! {
+            ended = state.wait_for(|state| !matches!(state, State::Running)) => ended,
+            () = hurry => return Err(SnapshotError::ShuttingDown),
+        };
         let ended = ended.map_err(|_| SnapshotError::ShuttingDown)?.clone();
         match ended {
             State::Failed(problem) | State::Forbidden(problem) => Err(SnapshotError::LayerUnavailable {
@@ -453,7 +484,7 @@ impl Layers {
     pub(super) async fn evict(&self, budget: u64, wanted: u64) -> Result<Vec<u64>, SnapshotError> {
         let claims = self.meta.claims();
         let mut unclaimed: Vec<(Arc<LayerRecord>, u64)> = (self.meta.layers().into_iter())
-            .filter(|layer| !claims.contains_key(&layer.id.serial))
+            .filter(|layer| !claims.contains_key(&layer.id.serial) && !self.is_kept(layer.id.serial))
             .map(|layer| (Arc::clone(&layer), self.store.allocated(layer.id.serial)))
             .collect();
         unclaimed.sort_by_key(|(layer, _)| layer.used);
@@ -476,11 +507,12 @@ impl Layers {
             if let Some(cold) = &self.cold {
                 cold.supply().local.forget(*serial);
             }
-            self.fills.lock().remove(serial);
         }
         self.meta.evict(chosen.clone()).await?;
         // Others were claimed meanwhile.
         chosen.retain(|serial| self.meta.layer(*serial).is_none());
+        let mut fills = self.fills.lock();
+        chosen.iter().filter_map(|serial| fills.remove(serial)).for_each(|fill| fill.gone.cancel());
         Ok(chosen)
     }
 
@@ -539,6 +571,7 @@ impl Layers {
             snapshots: claims,
             attached: how.is_some(),
             lazy: how == Some(How::Lazy),
+            pinned: self.is_pinned(serial),
             published: layer.published.is_some(),
             used: layer.used.0 / 1_000_000_000,
         }

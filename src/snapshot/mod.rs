@@ -38,6 +38,7 @@ mod locks;
 pub mod mapping;
 pub mod metastore;
 mod names;
+pub mod pins;
 pub mod publish;
 pub mod reconcile;
 pub mod remote;
@@ -246,6 +247,17 @@ pub enum SnapshotError {
     /// The parent given to Commit is not committed.
     #[error("cannot commit on {parent}: it is not a committed snapshot")]
     RebaseOntoUncommitted {
+        /// Asked for.
+        parent: Key,
+    },
+    /// The driver cannot give a snapshot a parent at Commit.
+    #[error(
+        "snapshot {key} cannot be put on {parent}: a thin volume has its parent from the beginning; do not give the capability \
+         rebase to this snapshotter"
+    )]
+    CannotRebase {
+        /// The active snapshot.
+        key: Key,
         /// Asked for.
         parent: Key,
     },

@@ -1,7 +1,9 @@
 //! Names of images in the background: what this node pulled is named on the store once all of its layers are there.
 //!
 //! **What.** Looks at the images of all of containerd's namespaces and writes the name ([`crate::content::name`]) of each one
-//! whose layers are snapshots of ours and published. One that an accepted publisher has named so already is left at that.
+//! whose layers are snapshots of ours and published, with its documents. One that an accepted publisher has named so already is left at that.
+//!
+//! Notes beside it which named images this node starts containers on ([`crate::content::uses`]).
 //!
 //! **Where.** Owned by `publish`, which tells of every layer that it has published; told of containerd's events by `daemon`. Calls
 //! [`crate::containerd`] for images and [`crate::content`] for names. No call of containerd waits for it.
@@ -13,22 +15,24 @@
 //! of this platform, a layer that nobody published) stays without a name until it or one of its layers changes; `explain` says
 //! why. An image that is removed from containerd before its name is written gets none.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::metastore::{MetaStore, PublishEntry};
 use super::report::Problem;
-use super::{Kind, remote};
+use super::{Key, Kind, remote};
 use crate::containerd::ContainerdError;
 use crate::containerd::blob::Blobs;
 use crate::containerd::image::Image;
-use crate::containerd::manifest::Platform;
-use crate::content::name::ImageName;
+use crate::containerd::manifest::{LONGEST_DOCUMENT, Platform};
+use crate::content::document::Document;
+use crate::content::name::{ImageName, repository};
 use crate::content::trust::PublicKey;
 use crate::content::{ContentError, ContentStore};
 use crate::oci::{ChainId, Digest};
@@ -37,6 +41,10 @@ use crate::oci::{ChainId, Digest};
 const MOST_IMAGES: usize = 4096;
 /// What happens within this time is looked at together: a pull makes several images, CRI's three.
 const SETTLE: Duration = Duration::from_millis(300);
+/// How often uses are looked for where nothing else is to be done.
+const USES: Duration = Duration::from_secs(3600);
+/// How long a use that was noted, or could not be, is left at that.
+const USE_NOTED: Duration = Duration::from_secs(24 * 3600);
 /// The longest time between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
@@ -60,6 +68,20 @@ struct State {
     written: u64,
     /// Attempts that failed.
     failures: u64,
+    /// Committed snapshots on which others were made since the last look.
+    started: HashSet<Key>,
+    /// When the use of an image was noted last, by its reference.
+    noted: HashMap<String, Instant>,
+    uses: Uses,
+}
+
+/// What came of noting uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Uses {
+    /// Uses that were written.
+    pub written: u64,
+    /// Those that could not be: without leave to write, say.
+    pub failures: u64,
 }
 
 /// How the last look at containerd's images is.
@@ -98,12 +120,22 @@ enum Came {
 struct Here {
     /// The chains of committed snapshots.
     chains: HashSet<ChainId>,
+    /// Those of them on which a container may run, or has begun to since the last look.
+    used: HashSet<ChainId>,
     queue: Vec<PublishEntry>,
 }
 
 impl Names {
     pub(super) fn new(meta: Arc<MetaStore>, content: Arc<ContentStore>, blobs: Blobs) -> Names {
-        let state = State { look: Look::Due, images: BTreeMap::new(), written: 0, failures: 0 };
+        let state = State {
+            look: Look::Due,
+            images: BTreeMap::new(),
+            written: 0,
+            failures: 0,
+            started: HashSet::new(),
+            noted: HashMap::new(),
+            uses: Uses::default(),
+        };
         let (changed, state) = (Notify::new(), Mutex::new(state));
         Names { meta, content, blobs, platform: Platform::host(), changed, state }
     }
@@ -112,6 +144,19 @@ impl Names {
     pub(super) fn images_changed(&self) {
         self.state.lock().look = Look::Due;
         self.changed.notify_one();
+    }
+
+    /// A snapshot that is no layer is made on this committed one.
+    pub(super) fn starting(&self, parent: &Key) {
+        let mut state = self.state.lock();
+        if state.started.len() < MOST_IMAGES {
+            state.started.insert(parent.clone());
+        }
+    }
+
+    /// What came of noting uses.
+    pub(super) fn uses(&self) -> Uses {
+        self.state.lock().uses
     }
 
     /// A layer is in the store: images that lacked it may have all of theirs now.
@@ -184,7 +229,7 @@ impl Names {
             failed = if complete { 0 } else { (failed + 1).min(9) };
             let pause = async {
                 match failed {
-                    0 => std::future::pending().await,
+                    0 => tokio::time::sleep(USES).await,
                     n => tokio::time::sleep(Duration::from_secs(1 << n).min(LONGEST_PAUSE)).await,
                 }
             };
@@ -228,7 +273,7 @@ impl Names {
                 _ => self.resolve(&namespace, &image).await?,
             };
             let (name, came) = match name {
-                Ok(name) => (Some(name.clone()), self.name(&name, &here).await),
+                Ok(name) => (Some(name.clone()), self.name(&name, &namespace, &here).await),
                 Err(came) => (None, Ok(came)),
             };
             outages = if came.as_ref().is_err_and(ContentError::is_outage) { outages + 1 } else { 0 };
@@ -244,7 +289,38 @@ impl Names {
                 break;
             }
         }
+        self.note_uses(&here).await;
         Ok(())
+    }
+
+    /// Nobody waits for it, and nothing depends on it: what cannot be noted is counted, and left for a day.
+    async fn note_uses(&self, here: &Here) {
+        let due: Vec<(String, ImageName)> = {
+            let state = self.state.lock();
+            let is_due =
+                |reference: &String| state.noted.get(reference).is_none_or(|at| at.elapsed() >= USE_NOTED);
+            let named = state
+                .images
+                .iter()
+                .filter(|(reference, known)| matches!(known.came, Came::Named(_)) && is_due(reference));
+            let names = named.filter_map(|(reference, known)| Some((reference.clone(), known.name.clone()?)));
+            names.filter(|(_, name)| name.chains.last().is_some_and(|top| here.used.contains(top))).collect()
+        };
+        for (reference, name) in due {
+            let came = self.content.record_use(&name).await;
+            let mut state = self.state.lock();
+            state.noted.insert(reference, Instant::now());
+            match came {
+                Ok(written) => state.uses.written += u64::from(written),
+                Err(error) => {
+                    state.uses.failures += 1;
+                    tracing::debug!(image = %name, %error, "the use of an image is not noted");
+                    if error.is_outage() {
+                        break;
+                    }
+                }
+            }
+        }
     }
 
     /// The images worth naming, each with its namespace, by reference: where several namespaces have one, as it was changed last.
@@ -264,9 +340,23 @@ impl Names {
 
     fn here(&self) -> Here {
         let records = self.meta.all();
-        let committed = records.iter().filter(|record| record.info.kind == Kind::Committed);
-        let chains = committed.filter_map(|record| remote::chain_of(&record.info.labels, &record.info.name));
-        Here { chains: chains.collect(), queue: self.meta.publish_queue() }
+        let started = std::mem::take(&mut self.state.lock().started);
+        let below = records.iter().filter(|record| {
+            record.info.kind != Kind::Committed
+                && !remote::client_key(record.info.name.as_str()).starts_with(remote::EXTRACT)
+        });
+        let stood_on: HashSet<Key> =
+            below.filter_map(|record| record.info.parent.clone()).chain(started).collect();
+        let mut here =
+            Here { chains: HashSet::new(), used: HashSet::new(), queue: self.meta.publish_queue() };
+        for record in records.iter().filter(|record| record.info.kind == Kind::Committed) {
+            let Some(chain) = remote::chain_of(&record.info.labels, &record.info.name) else { continue };
+            if stood_on.contains(&record.info.name) {
+                here.used.insert(chain.clone());
+            }
+            here.chains.insert(chain);
+        }
+        here
     }
 
     /// Its name, or why it has none; an error if containerd cannot be asked.
@@ -277,17 +367,23 @@ impl Names {
     ) -> Result<Result<ImageName, Came>, ContainerdError> {
         let containerd = self.blobs.containerd(namespace).await?;
         match containerd.resolve_image(image, &self.platform).await {
-            Ok(found) => Ok(Ok(ImageName::of(&image.name, &found.platform, &found.manifest, &found.layers))),
-            // Of another platform, or not fetched: it may be yet.
-            Err(error @ ContainerdError::NoBlob { .. }) => Ok(Err(Came::Waits(error.to_string()))),
+            Ok(found) => Ok(Ok(ImageName::of(&image.name, &found))),
             Err(error @ ContainerdError::Connect(_)) => Err(error),
-            // It may be this one blob: the others are not to wait for it.
-            Err(error @ ContainerdError::Call(_)) => Ok(Err(Came::Failed(error.to_string()))),
-            Err(error) => Ok(Err(Came::Refused(error.to_string()))),
+            Err(error) => Ok(Err(came_of(&error))),
         }
     }
 
-    async fn name(&self, name: &ImageName, here: &Here) -> Result<Came, ContentError> {
+    /// The bytes of its documents: read when they are needed, because those of thousands of images may be megabytes each.
+    async fn documents(&self, namespace: &str, name: &ImageName) -> Result<Vec<Document>, ContainerdError> {
+        let containerd = self.blobs.containerd(namespace).await?;
+        let mut documents = Vec::new();
+        for digest in &name.documents {
+            documents.push(Document::of(containerd.read(digest, LONGEST_DOCUMENT).await?));
+        }
+        Ok(documents)
+    }
+
+    async fn name(&self, name: &ImageName, namespace: &str, here: &Here) -> Result<Came, ContentError> {
         let Some(top) = name.chains.last() else { return Ok(Came::Refused("it has no layers".into())) };
         if !here.chains.contains(top) {
             return Ok(Came::Waits("it is not unpacked by this snapshotter".into()));
@@ -301,7 +397,11 @@ impl Names {
         if let Some(publisher) = self.content.named(name).await? {
             return Ok(Came::Named(publisher));
         }
-        match self.content.publish_name(name).await {
+        let documents = match self.documents(namespace, name).await {
+            Ok(documents) => documents,
+            Err(error) => return Ok(came_of(&error)),
+        };
+        match self.content.publish_name(name, &documents).await {
             Ok(()) => {
                 self.state.lock().written += 1;
                 tracing::info!(image = %name, "every layer of an image is published, and so its name");
@@ -312,6 +412,17 @@ impl Names {
             }
             Err(error) => Err(error),
         }
+    }
+}
+
+/// What comes of an image whose documents containerd does not give.
+fn came_of(error: &ContainerdError) -> Came {
+    match error {
+        // Of another platform, or not fetched: it may be yet.
+        ContainerdError::NoBlob { .. } => Came::Waits(error.to_string()),
+        // It may be this one blob: the others are not to wait for it.
+        ContainerdError::Call(_) | ContainerdError::Connect(_) => Came::Failed(error.to_string()),
+        _ => Came::Refused(error.to_string()),
     }
 }
 
@@ -327,18 +438,13 @@ fn sentence(came: &Came) -> String {
 /// Without what is no reference (CRI keeps each image under the digest of its configuration too), and without names by digest of
 /// what has a tag of the same repository.
 fn worth_naming(images: Vec<Image>) -> Vec<Image> {
-    let repository = |name: &str| {
-        let name = name.split('@').next().unwrap_or_default();
-        let tag = name.rfind(':').filter(|at| !name[*at..].contains('/'));
-        name[..tag.unwrap_or(name.len())].to_owned()
-    };
     let tagged: HashSet<(String, Digest)> = images
         .iter()
         .filter(|image| !image.name.contains('@'))
-        .map(|image| (repository(&image.name), image.target.digest.clone()))
+        .map(|image| (repository(&image.name).to_owned(), image.target.digest.clone()))
         .collect();
     let is_worth_it = |image: &Image| {
-        let told = (repository(&image.name), image.target.digest.clone());
+        let told = (repository(&image.name).to_owned(), image.target.digest.clone());
         Digest::parse(&image.name).is_err() && !(image.name.contains('@') && tagged.contains(&told))
     };
     images.into_iter().filter(is_worth_it).collect()
@@ -358,6 +464,7 @@ mod tests {
             name: (*name).to_owned(),
             target: Descriptor { media_type: String::new(), digest: digest(*digit), size: 0 },
             updated: (0, 0),
+            labels: std::collections::HashMap::new(),
         };
         worth_naming(names.iter().map(image).collect()).into_iter().map(|image| image.name).collect()
     }

@@ -26,9 +26,10 @@ use super::blob::{self, BlobError};
 use super::layers::Layers;
 use super::metastore::{MetaStore, Progress, PublishEntry, Record, Stack};
 use super::names::Names;
+pub use super::names::Uses;
 use super::remote;
 use super::report::{Problem, PublishState};
-use super::{Kind, SnapshotError, Timestamp};
+use super::{Key, Kind, SnapshotError, Timestamp};
 use crate::containerd::blob::Blobs;
 use crate::content::index::IndexDigest;
 use crate::content::publish::{PublishRequest, Published};
@@ -158,6 +159,16 @@ impl Publisher {
         self.names.images_changed();
     }
 
+    /// A snapshot that is no layer is made on this committed one: its image is in use.
+    pub(super) fn starting(&self, parent: &Key) {
+        self.names.starting(parent);
+    }
+
+    /// What came of noting which images are used here.
+    pub fn uses(&self) -> Uses {
+        self.names.uses()
+    }
+
     /// What was done so far.
     pub fn counts(&self) -> PublishCounts {
         let (names, failures) = self.names.counts();
@@ -176,7 +187,8 @@ impl Publisher {
         let mut state = state_of(&self.meta.publish_queue(), policy);
         state.pending += self.names.pending();
         state.problems.extend(self.names.problems());
-        PublishState { layers, bytes, uploaded, names, failures, ..state }
+        let Uses { written: uses, failures: unnoted_uses } = self.uses();
+        PublishState { layers, bytes, uploaded, names, failures, uses, unnoted_uses, ..state }
     }
 
     /// Works the queue off, and names images, until `stop`. What is under way then begins anew at the next start.

@@ -21,7 +21,7 @@ use super::layers::Layers;
 use super::metastore::{MetaStore, Progress, Recorded};
 use super::stock::blocking;
 use super::{Key, SnapshotError};
-use crate::driver::{Driver, DriverError, Id};
+use crate::driver::{self, Driver, DriverError, Id};
 
 /// How many Ids are freed, and then forgotten in one transaction, at a time.
 const FORGET: usize = 64;
@@ -39,13 +39,19 @@ pub struct Plan {
     pub missing: Vec<(u64, Key)>,
     /// Layer images that are recorded as complete and not on storage: damage.
     pub missing_layers: Vec<u64>,
+    /// Slots in use on storage that no record has: somebody else's, not to be touched.
+    pub strangers: Vec<u32>,
 }
 
 impl Plan {
     /// Whether records and storage agree.
     pub fn is_empty(&self) -> bool {
-        let Plan { unknown, beyond, missing, missing_layers } = self;
-        unknown.is_empty() && beyond.is_empty() && missing.is_empty() && missing_layers.is_empty()
+        let Plan { unknown, beyond, missing, missing_layers, strangers } = self;
+        unknown.is_empty()
+            && beyond.is_empty()
+            && missing.is_empty()
+            && missing_layers.is_empty()
+            && strangers.is_empty()
     }
 }
 
@@ -64,8 +70,18 @@ pub fn plan(recorded: &Recorded, inventory: &Inventory) -> Plan {
             false => plan.unknown.push(*serial),
         }
     }
-    let is_missing = |serial: &u64| !inventory.directories.contains(serial);
-    plan.missing = recorded.ready.iter().filter(|(serial, _)| is_missing(serial)).cloned().collect();
+    match &inventory.volumes {
+        None => {
+            let is_missing = |serial: &u64| !inventory.directories.contains(serial);
+            plan.missing = recorded.ready.iter().filter(|(serial, _)| is_missing(serial)).cloned().collect();
+        }
+        Some(volumes) => {
+            let missing = recorded.volumes.iter().filter(|(id, _)| !volumes.contains(&id.slot));
+            plan.missing = missing.map(|(id, key)| (id.serial, key.clone())).collect();
+            let slots: HashSet<u32> = recorded.ids.iter().map(|id| id.slot).collect();
+            plan.strangers = volumes.iter().copied().filter(|slot| !slots.contains(slot)).collect();
+        }
+    }
     let complete = recorded.layers.iter().filter(|(_, progress)| *progress == Progress::Complete);
     plan.missing_layers =
         complete.map(|(serial, _)| *serial).filter(|serial| !inventory.images.contains(serial)).collect();
@@ -79,6 +95,23 @@ pub struct Inventory {
     pub directories: BTreeSet<u64>,
     /// Serials that have a layer image.
     pub images: BTreeSet<u64>,
+    /// Slots that have a volume, where snapshots are volumes; there are no directories then.
+    pub volumes: Option<BTreeSet<u32>>,
+}
+
+impl Inventory {
+    /// What a driver has, and these layer images.
+    pub fn of(driver: &dyn Driver, images: Vec<u64>) -> Result<Inventory, DriverError> {
+        let images = images.into_iter().collect();
+        Ok(match driver.inventory()? {
+            driver::Inventory::Serials(serials) => {
+                Inventory { directories: serials.into_iter().collect(), images, volumes: None }
+            }
+            driver::Inventory::Slots(slots) => {
+                Inventory { images, volumes: Some(slots.into_iter().collect()), ..Inventory::default() }
+            }
+        })
+    }
 }
 
 /// What is kept free, and what unclaimed layer images may take.
@@ -134,17 +167,25 @@ impl Reconciler {
     /// processes were told to remove is left to [`Reconciler::run`], so that a start does not wait for it.
     pub async fn start(&self) -> Result<Plan, SnapshotError> {
         let (driver, layers) = (Arc::clone(&self.driver), self.layers.clone());
+        let recorded = self.meta.recorded().await?;
+        let known = recorded.known();
         let inventory = blocking(move || {
+            driver.recover(&known)?;
             let images = layers.map_or_else(|| Ok(Vec::new()), |layers| layers.store.inventory())?;
-            let directories = driver.inventory()?.into_iter().collect();
-            Ok::<_, SnapshotError>(Inventory { directories, images: images.into_iter().collect() })
+            Ok::<_, SnapshotError>(Inventory::of(&*driver, images)?)
         })
         .await?;
-        let recorded = self.meta.recorded().await?;
         let plan = plan(&recorded, &inventory);
         for (serial, key) in &plan.missing {
             tracing::error!(serial, %key, "storage of a snapshot is missing: it cannot be mounted; remove it and pull again");
         }
+        for slot in &plan.strangers {
+            tracing::error!(
+                slot,
+                "the pool has a volume that no record names: it is left alone, and its number is not used"
+            );
+        }
+        self.meta.hold(plan.strangers.clone()).await?;
         self.meta.claim(plan.beyond.clone()).await?;
         self.discard_unused().await?;
         for serial in &plan.unknown {
@@ -206,6 +247,10 @@ impl Reconciler {
     async fn pass(&self, stop: &CancellationToken) {
         let unknown = std::mem::take(&mut *self.unknown.lock());
         self.free(unknown, stop).await;
+        let driver = Arc::clone(&self.driver);
+        if let Err(error) = blocking(move || driver.tend()).await {
+            tracing::warn!(%error, "cannot see to the storage");
+        }
         self.evict().await;
         for ids in self.meta.removing().chunks(FORGET) {
             let freed = self.free(ids.to_vec(), stop).await;
@@ -285,12 +330,26 @@ mod tests {
             removing: vec![4],
             layers: vec![(6, Progress::Complete), (8, Progress::Filling)],
             last_serial: 8,
+            ids: [(1, 0), (2, 1), (3, 2), (4, 3)].map(|(serial, slot)| Id { serial, slot }).into(),
+            volumes: vec![(Id { serial: 1, slot: 0 }, key("one"))],
         }
     }
 
     fn inventory(directories: &[u64], images: &[u64]) -> Inventory {
         let (directories, images) = (directories.iter().copied().collect(), images.iter().copied().collect());
-        Inventory { directories, images }
+        Inventory { directories, images, volumes: None }
+    }
+
+    /// A view, here "two", has no volume of its own.
+    #[test]
+    fn volumes_are_known_by_their_slots() {
+        let plan_of = |slots: &[u32]| {
+            let volumes = Some(slots.iter().copied().collect());
+            plan(&recorded(), &Inventory { volumes, images: [6].into(), ..Inventory::default() })
+        };
+        assert!(plan_of(&[0, 2, 3]).is_empty());
+        let found = plan_of(&[2, 5]);
+        assert_eq!((found.missing, found.strangers), (vec![(1, Key::new("one").unwrap())], vec![5]));
     }
 
     #[test]

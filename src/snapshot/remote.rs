@@ -7,13 +7,17 @@
 //!
 //! Source: containerd `core/unpack` (who sets them), `core/metadata/snapshot.go` (what the answer must look like).
 
-use super::{Key, Labels};
+use super::{Info, Key, Kind, Labels, SnapshotError};
 use crate::oci::{ChainId, Digest};
+use crate::sys::decimal;
 
 /// The chain ID the snapshot is going to have. On extraction snapshots only.
 pub const LABEL_REF: &str = "containerd.io/snapshot.ref";
 /// The chain ID of the layer below; set by containerd 2.3 and newer for every layer but the first.
 pub const LABEL_PARENT_CHAIN: &str = "containerd.io/snapshot/parent-chain-id";
+
+/// How many bytes a container may have at most; set by clients of containerd 2.4 and newer.
+pub const LABEL_MAX_SIZE: &str = "containerd.io/snapshot/max-size";
 
 /// A layer that containerd is about to fetch.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,6 +73,21 @@ pub fn client_key(key: &str) -> &str {
 /// What containerd calls the active snapshots of an image that it unpacks.
 pub const EXTRACT: &str = "extract-";
 
+/// The size that the labels of a snapshot ask for, if they may: those of an extraction are whatever the image's author wrote.
+pub fn size_of(info: &Info) -> Result<Option<u64>, SnapshotError> {
+    let is_layer = info.labels.contains_key(LABEL_REF) || client_key(info.name.as_str()).starts_with(EXTRACT);
+    match info.labels.get(LABEL_MAX_SIZE).filter(|_| !is_layer && info.kind == Kind::Active) {
+        None => Ok(None),
+        Some(text) => match decimal::parse(text).filter(|size| *size > 0) {
+            Some(size) => Ok(Some(size)),
+            None => {
+                let problem = format!("{LABEL_MAX_SIZE} is not a number of bytes");
+                Err(SnapshotError::InvalidLabels { problem })
+            }
+        },
+    }
+}
+
 /// The name of the committed snapshot made for a hit. No client's key can look so: containerd prefixes keys with a
 /// namespace, and a namespace starts with a letter or digit.
 pub fn committed_name(serial: u64, chain: &ChainId) -> String {
@@ -105,6 +124,24 @@ mod tests {
         let parent = Key::new("p").unwrap();
         assert!(!is_detached(&labels, Some(&parent)));
         assert_eq!(layer_request(&labels, Some(&parent)).unwrap().answer, HitAnswer::Committed);
+    }
+
+    #[test]
+    fn a_size_is_obeyed_on_containers_only() {
+        let info = |key: &str, kind: Kind, label: &str| Info {
+            name: Key::new(key).unwrap(),
+            parent: None,
+            kind,
+            created: crate::snapshot::Timestamp(0),
+            updated: crate::snapshot::Timestamp(0),
+            labels: Labels::from([(LABEL_MAX_SIZE.into(), label.into())]),
+        };
+        assert_eq!(size_of(&info("default/1/box", Kind::Active, "1048576")).unwrap(), Some(1 << 20));
+        assert_eq!(size_of(&info("default/1/extract-1 x", Kind::Active, "1048576")).unwrap(), None);
+        assert_eq!(size_of(&info("default/1/box", Kind::View, "1048576")).unwrap(), None);
+        for bad in ["", "0", "-1", "10GiB", "0x10", "99999999999999999999"] {
+            assert!(size_of(&info("default/1/box", Kind::Active, bad)).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 pub struct StatusReport {
     /// Its version.
     pub version: String,
+    /// What its machine calls itself.
+    #[serde(default)]
+    pub node: String,
     /// Where its snapshots are.
     pub root: String,
     /// The version of containerd, while it is there.
@@ -29,8 +32,28 @@ pub struct StatusReport {
     pub traces: TraceState,
     /// What is put on the store.
     pub publish: PublishState,
+    /// Who answers for registries that are away, if somebody does.
+    #[serde(default)]
+    pub mirror: Option<MirrorState>,
     /// Bytes free on the root's file system.
     pub free_bytes: u64,
+}
+
+/// The port that answers for registries, since the daemon started.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MirrorState {
+    /// Where it is.
+    pub address: String,
+    /// What was given, because the registry could not be reached.
+    pub served: u64,
+    /// What the store does not have.
+    pub absent: u64,
+    /// What was not given, because the registry answered when it was probed.
+    pub reachable: u64,
+    /// What could not be given: the store could not be asked, or has it damaged.
+    pub failed: u64,
+    /// What was no request.
+    pub malformed: u64,
 }
 
 /// Numbers of snapshots.
@@ -95,6 +118,56 @@ pub struct StoreState {
     pub trust: String,
     /// The public keys that are trusted, this node's own first.
     pub keys: Vec<String>,
+    /// What has happened on it since the daemon started.
+    #[serde(default)]
+    pub numbers: StoreNumbers,
+    /// What this daemon's own check of the whole store found, if it makes one.
+    #[serde(default)]
+    pub scrub: Option<StoreScrub>,
+}
+
+/// What a daemon's check of the whole store found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreScrub {
+    /// The most bytes that it reads each second.
+    pub rate: u64,
+    /// How far it is, while it runs.
+    pub running: Option<String>,
+    /// How often it came to its end since the daemon started.
+    pub rounds: u64,
+    /// When it last did, seconds since 1970 UTC.
+    pub ended: Option<i64>,
+    /// Objects that it looked at then.
+    pub objects: u64,
+    /// Those that another one names and that were not there.
+    pub missing: u64,
+    /// Those that are not what they should be.
+    pub damaged: u64,
+    /// Bytes that were read since the daemon started.
+    pub bytes: u64,
+    /// Why the last attempt did not come to its end.
+    pub problem: Option<String>,
+}
+
+/// What has happened on the store since the daemon started.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreNumbers {
+    /// Whether it is left alone at the moment, for not answering.
+    pub resting: bool,
+    /// How often that began.
+    pub rests: u64,
+    /// Requests sent.
+    pub requests: u64,
+    /// Those that got no answer, time-outs included.
+    pub failures: u64,
+    /// Those that it refused for want of credentials or permissions.
+    pub denied: u64,
+    /// Requests made again after a failure.
+    pub retries: u64,
+    /// Bytes of objects that arrived whole.
+    pub read: u64,
+    /// Bytes of objects that were written.
+    pub written: u64,
 }
 
 /// What is known of starts of images.
@@ -142,6 +215,12 @@ pub struct PublishState {
     pub names: u64,
     /// Attempts that failed.
     pub failures: u64,
+    /// Uses of images that were noted on the store.
+    #[serde(default)]
+    pub uses: u64,
+    /// Those that could not be.
+    #[serde(default)]
+    pub unnoted_uses: u64,
     /// What went wrong last with each layer that is still in the queue or was given up, and with names that are tried again.
     pub problems: Vec<Problem>,
 }
@@ -193,10 +272,27 @@ pub struct LayerReport {
     /// Whether it is mounted and read through this daemon; else nothing of it passes through a process of ours (*native*).
     #[serde(default)]
     pub lazy: bool,
+    /// Whether it belongs to a pinned image.
+    #[serde(default)]
+    pub pinned: bool,
     /// Whether it is known to be durable in the store.
     pub published: bool,
     /// When a snapshot last began to use it, seconds since 1970 UTC.
     pub used: i64,
+}
+
+impl LayerReport {
+    /// How it is mounted, for people, and whether it stays here.
+    pub fn mounted(&self) -> &'static str {
+        match (self.attached, self.lazy, self.pinned) {
+            (false, _, false) => "no",
+            (false, _, true) => "no, pinned",
+            (true, true, false) => "lazy",
+            (true, true, true) => "lazy, pinned",
+            (true, false, false) => "native",
+            (true, false, true) => "native, pinned",
+        }
+    }
 }
 
 /// Where one layer of an image or a container came from.

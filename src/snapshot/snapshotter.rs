@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::OptionFuture;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
@@ -21,6 +22,7 @@ use super::locks::KeyedLocks;
 use super::metastore::{
     Counts, LayerChoice, MetaStore, NewCommit, NewSnapshot, Origin, Own, PublishEntry, Record, Stack,
 };
+use super::pins::Pins;
 use super::publish::Publisher;
 use super::reconcile::{Reconciler, Room};
 use super::remote::{self, HitAnswer};
@@ -31,10 +33,11 @@ use super::{
 };
 use crate::content::ContentStore;
 use crate::content::memory::MemorySource;
-use crate::driver::{Access, Driver, Id, Mount, MountRequest, Owner, Purpose};
+use crate::driver::{Access, Creation, Driver, Id, Mount, Owner, Storage};
 
 mod adopt;
 mod report;
+mod storage;
 mod usage;
 
 /// containerd's label for the directory that holds a snapshot's changes.
@@ -95,6 +98,8 @@ pub struct Remote {
     pub publisher: Option<Arc<Publisher>>,
     /// What is known of starts, if that is wanted.
     pub traces: Option<Arc<Traces>>,
+    /// Images that are to be here whole.
+    pub pins: Option<Arc<Pins>>,
 }
 
 /// See the module's page.
@@ -159,16 +164,9 @@ impl Snapshotter {
 
     /// The background work, until `stop`: storage made ahead, freed storage, usage of what was committed, layers on their way.
     pub async fn run(&self, stop: CancellationToken) {
-        let layers = async {
-            if let Some(layers) = &self.remote.layers {
-                layers.run(stop.clone()).await;
-            }
-        };
-        let publish = async {
-            if let Some(publisher) = &self.remote.publisher {
-                publisher.run(stop.clone()).await;
-            }
-        };
+        let layers = self.remote.layers.as_ref().map(|layers| layers.run(stop.clone()));
+        let publish = self.remote.publisher.as_ref().map(|publisher| publisher.run(stop.clone()));
+        let pins = self.remote.pins.as_ref().map(|pins| pins.run(stop.clone()));
         let traces = async {
             if let Some(traces) = &self.remote.traces {
                 stop.cancelled().await;
@@ -179,9 +177,10 @@ impl Snapshotter {
             self.stock.fill(stop.clone()),
             self.reconciler.run(stop.clone()),
             self.measure_committed(stop.clone()),
-            layers,
-            publish,
-            traces
+            OptionFuture::from(layers),
+            OptionFuture::from(publish),
+            traces,
+            OptionFuture::from(pins)
         );
     }
 
@@ -227,7 +226,7 @@ impl Snapshotter {
         let Some((record, stack)) = self.meta.get_with_stack(key) else {
             return Err(SnapshotError::NotFound { key: key.clone() });
         };
-        let mounts = self.mounts_of(&record, &stack)?;
+        let mounts = self.usable_mounts_of(&record, &stack).await?;
         if let (Some(layers), false) = (&self.remote.layers, stack.layers.is_empty()) {
             layers.ready(&stack.layers).await?;
         }
@@ -244,6 +243,12 @@ impl Snapshotter {
     ) -> Result<(), SnapshotError> {
         check_labels(&labels)?;
         let active = self.meta.get(&key);
+        if let (Some(parent), Storage::Volumes) = (&parent, self.driver.storage())
+            && active.as_ref().is_some_and(|active| active.info.parent.is_none())
+        {
+            // Its blocks are what they are: nothing can be put below them any more.
+            return Err(SnapshotError::CannotRebase { key, parent: parent.clone() });
+        }
         let own = match active.as_ref().filter(|record| record.layer.is_some()) {
             Some(record) => self.own_of(record.id).await?,
             None => Own::Used,
@@ -291,10 +296,14 @@ impl Snapshotter {
         self.containerd.lock().clone()
     }
 
-    /// containerd's collector is about to wait for calls that wait for the store: they are not to take long any more.
-    pub fn hurry(&self) {
+    /// Something was removed from containerd. Its collector is about to wait for calls that wait for the store: they are not to take long
+    /// any more. And it may have been a pinned image.
+    pub fn removed(&self) {
         if let Some(hits) = &self.hits {
             hits.hurry();
+        }
+        if let Some(pins) = &self.remote.pins {
+            pins.images_changed();
         }
     }
 
@@ -302,6 +311,9 @@ impl Snapshotter {
     pub fn images_changed(&self) {
         if let Some(publisher) = &self.remote.publisher {
             publisher.images_changed();
+        }
+        if let Some(pins) = &self.remote.pins {
+            pins.images_changed();
         }
     }
 
@@ -345,6 +357,7 @@ impl Snapshotter {
 
     /// Takes a snapshot out of the records. Its storage is freed later.
     pub async fn remove(&self, key: Key) -> Result<(), SnapshotError> {
+        self.require_unused(&key).await?;
         self.meta.remove(key).await
     }
 
@@ -439,15 +452,28 @@ impl Snapshotter {
         let is_layer = labels.contains_key(remote::LABEL_REF)
             || remote::client_key(key.as_str()).starts_with(remote::EXTRACT);
         let start = parent.clone().filter(|_| !is_layer);
+        if let (Some(pins), Some(layers), Some(below)) = (&self.remote.pins, &self.remote.layers, &start)
+            && self.meta.stack_with(below).is_some_and(|stack| !layers.are_usable(&stack.layers))
+        {
+            pins.starting().await;
+        }
         let new = NewSnapshot { id, key, parent, kind, labels, now: Timestamp::now() };
         let record = self.record(new, LayerChoice::Own, root).await?;
         match self.meta.get_with_stack(&record.info.name) {
             Some((record, stack)) => {
+                if let (Some(publisher), Some(parent)) = (&self.remote.publisher, &start) {
+                    publisher.starting(parent);
+                }
                 if let (Some(traces), Some(parent)) = (&self.remote.traces, start) {
                     traces.starting(&parent, kind);
                 }
                 self.attach_early(&record, &stack).await;
-                self.mounts_of(&record, &stack)
+                let mounts = self.usable_mounts_of(&record, &stack).await;
+                if mounts.is_err() && self.driver.storage() == Storage::Volumes {
+                    // Nobody learns of it, so nobody would remove it.
+                    self.meta.remove(record.info.name.clone()).await?;
+                }
+                mounts
             }
             // Removed by somebody else between its record and this line.
             None => Err(SnapshotError::NotFound { key: record.info.name.clone() }),
@@ -462,7 +488,9 @@ impl Snapshotter {
         root: Option<Owner>,
     ) -> Result<Arc<Record>, SnapshotError> {
         let id = new.id;
-        let recorded = match self.make_storage(id, new.parent.as_ref(), root).await {
+        let access = if new.kind == Kind::View { Access::ReadOnly } else { Access::ReadWrite };
+        let storage = Creation { id, parent: None, access, root };
+        let recorded = match self.make_storage(storage, new.parent.as_ref()).await {
             Ok(()) => self.meta.create(new, layer).await,
             Err(error) => Err(error),
         };
@@ -514,66 +542,5 @@ impl Snapshotter {
             layer: format!("below {parent}"),
             problem: format!("still being fetched after {:.1} s; try again", began.elapsed().as_secs_f32()),
         })
-    }
-
-    async fn make_storage(
-        &self,
-        id: Id,
-        parent: Option<&Key>,
-        root: Option<Owner>,
-    ) -> Result<(), SnapshotError> {
-        let (parent, root) = match parent {
-            None => (None, root),
-            Some(key) => match self.meta.get(key) {
-                Some(record) => self.root_of(&record, root),
-                None => return Err(SnapshotError::ParentNotFound { parent: key.clone() }),
-            },
-        };
-        let driver = Arc::clone(&self.driver);
-        blocking(move || driver.create(id, parent, root)).await
-    }
-
-    /// What the root directory on top of `parent` takes its owner from: the directory of the parent, or what is recorded of its
-    /// layer image, which need not be attached.
-    fn root_of(&self, parent: &Record, root: Option<Owner>) -> (Option<Id>, Option<Owner>) {
-        let image =
-            parent.layer.filter(|_| parent.own == Own::Unused).and_then(|serial| self.meta.layer(serial));
-        match image {
-            None => (Some(parent.id), root),
-            Some(layer) => {
-                let owner = Owner { uid: layer.facts.root_uid, gid: layer.facts.root_gid };
-                (None, root.or(Some(owner)))
-            }
-        }
-    }
-
-    fn mounts_of(&self, record: &Record, stack: &Stack) -> Result<Vec<Mount>, SnapshotError> {
-        let info = &record.info;
-        match info.kind {
-            Kind::Active => self.mounts_with(Access::ReadWrite, record, stack),
-            Kind::View => self.mounts_with(Access::ReadOnly, record, stack),
-            Kind::Committed => Err(SnapshotError::NotMountable { key: info.name.clone() }),
-        }
-    }
-
-    fn mounts_with(
-        &self,
-        access: Access,
-        record: &Record,
-        stack: &Stack,
-    ) -> Result<Vec<Mount>, SnapshotError> {
-        let info = &record.info;
-        let mapping = mapping::from_labels(&info.labels)?;
-        let purpose = match remote::is_detached(&info.labels, info.parent.as_ref()) {
-            true => Purpose::DetachedLayer,
-            false => Purpose::Ordinary,
-        };
-        Ok(self.driver.mounts(&MountRequest {
-            id: record.id,
-            parents: &stack.below,
-            access,
-            mapping: mapping.as_ref(),
-            purpose,
-        }))
     }
 }

@@ -117,6 +117,19 @@ fn fallocate(file: &File, flags: FallocateFlags, range: Range<u64>) -> io::Resul
     }
 }
 
+/// Fills the buffer from `at` on, or as much of it as the file has; how much that is.
+pub fn read_up_to(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+    use std::os::unix::fs::FileExt;
+    let mut length = 0;
+    while length < buffer.len() {
+        match file.read_at(&mut buffer[length..], at.saturating_add(length as u64))? {
+            0 => break,
+            read => length += read,
+        }
+    }
+    Ok(length)
+}
+
 /// The first range from `at` on that holds data (SEEK_DATA, SEEK_HOLE); `None` if only holes follow. A file system that
 /// knows no holes says that all is data.
 pub fn next_data(file: &File, at: u64) -> io::Result<Option<Range<u64>>> {

@@ -6,7 +6,7 @@
 //! **Words.** *autoclear*: the kernel takes the file away when the last user of the device is gone, be it a descriptor or
 //! a mount.
 //!
-//! **Invariants.** Every device is read-only, with blocks of 4096 bytes, direct I/O where the file system below can, and
+//! **Invariants.** Every device is read-only (but for [`LoopDevice::open_writable`]), with blocks of 4096 bytes, direct I/O where the file system below can, and
 //! autoclear: whatever kills us, no device stays behind. A file whose length is no multiple of 4096 would lose its tail
 //! and is refused.
 //!
@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
 const LOOP_CHANGE_FD: libc::c_ulong = 0x4c06;
 const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
+const LOOP_SET_CAPACITY: libc::c_ulong = 0x4c07;
 const LOOP_SET_DIRECT_IO: libc::c_ulong = 0x4c08;
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
 /// `BLKRASET` of `linux/fs.h`.
@@ -73,6 +74,15 @@ pub struct LoopDevice {
 impl LoopDevice {
     /// Makes a read-only device of `file`, whose `name` is shown by losetup(8).
     pub fn open(file: &File, name: &Path) -> io::Result<LoopDevice> {
+        LoopDevice::attach(file, name, READ_ONLY)
+    }
+
+    /// Makes a device of `file` that can be written to. Discards of it punch holes into the file.
+    pub fn open_writable(file: &File, name: &Path) -> io::Result<LoopDevice> {
+        LoopDevice::attach(file, name, 0)
+    }
+
+    fn attach(file: &File, name: &Path, flags: u32) -> io::Result<LoopDevice> {
         let length = file.metadata()?.len();
         if length == 0 || !length.is_multiple_of(u64::from(BLOCK)) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a length that is no multiple of 4096"));
@@ -80,7 +90,7 @@ impl LoopDevice {
         let control = File::open("/dev/loop-control")?;
         for _ in 0..TRIES {
             // Between the two calls others may take the same device.
-            match LoopDevice::take(&control, file, name) {
+            match LoopDevice::take(&control, file, name, flags) {
                 Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {}
                 done => return done,
             }
@@ -88,15 +98,17 @@ impl LoopDevice {
         Err(io::ErrorKind::ResourceBusy.into())
     }
 
-    fn take(control: &File, file: &File, name: &Path) -> io::Result<LoopDevice> {
+    fn take(control: &File, file: &File, name: &Path, flags: u32) -> io::Result<LoopDevice> {
         // SAFETY: this request takes no argument and writes nothing of ours.
         let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) };
         if number < 0 {
             return Err(io::Error::last_os_error());
         }
         let path = PathBuf::from(format!("/dev/loop{number}"));
-        let device = OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC).open(&path)?;
-        let config = config(file, name)?;
+        let writable = flags & READ_ONLY == 0;
+        let device =
+            OpenOptions::new().read(true).write(writable).custom_flags(libc::O_CLOEXEC).open(&path)?;
+        let config = config(file, name, flags)?;
         // SAFETY: `config` is the structure that the request reads, and both descriptors are open during the call.
         let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) };
         if done < 0 {
@@ -149,6 +161,13 @@ impl LoopDevice {
         Ok(text.trim() == "1")
     }
 
+    /// Takes over the length that the file below has by now.
+    pub fn grow(&self) -> io::Result<()> {
+        // SAFETY: the request takes no argument and writes nothing of ours.
+        let done = unsafe { libc::ioctl(self.device.as_raw_fd(), LOOP_SET_CAPACITY) };
+        if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
     /// How far a file system on it reads ahead, in bytes.
     pub fn set_read_ahead(&self, bytes: u32) -> io::Result<()> {
         // SAFETY: the request takes a number as its argument.
@@ -184,13 +203,13 @@ impl AsFd for LoopDevice {
     }
 }
 
-fn config(file: &File, name: &Path) -> io::Result<LoopConfig> {
+fn config(file: &File, name: &Path, flags: u32) -> io::Result<LoopConfig> {
     let mut file_name = [0; 64];
     // For people to read only: the end of a long name says more than its beginning. The last byte stays zero.
     let bytes = name.as_os_str().as_bytes();
     let shown = &bytes[bytes.len().saturating_sub(63)..];
     file_name[..shown.len()].copy_from_slice(shown);
-    let info = LoopInfo { flags: READ_ONLY | AUTOCLEAR | DIRECT_IO, file_name, ..LoopInfo::empty() };
+    let info = LoopInfo { flags: flags | AUTOCLEAR | DIRECT_IO, file_name, ..LoopInfo::empty() };
     let fd = u32::try_from(file.as_raw_fd()).map_err(io::Error::other)?;
     Ok(LoopConfig { fd, block_size: BLOCK, info, reserved: [0; 8] })
 }

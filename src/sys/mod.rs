@@ -6,12 +6,14 @@
 #![allow(unsafe_code, reason = "raw system calls live here; each block states why it is sound")]
 
 pub mod beneath;
+pub mod blockdev;
 mod blocking;
 pub mod decimal;
 pub mod extent;
 pub mod fdpass;
 pub mod fuse;
 pub mod fusectl;
+pub mod host;
 pub mod idmap;
 pub mod lease;
 pub mod limits;

@@ -1,5 +1,5 @@
-//! The mounts Speedy itself makes: short trials that show what the kernel and the backing file system can do, and layer
-//! images.
+//! The mounts Speedy itself makes: short trials that show what the kernel and the backing file system can do, layer
+//! images, and volumes that are written to where nobody sees it.
 //!
 //! Snapshots are never mounted here; containerd mounts what `Mounts` describes.
 //!
@@ -63,6 +63,40 @@ impl DetachedErofs {
     pub fn attach(self, point: impl AsFd) -> io::Result<()> {
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         Ok(move_mount(&self.mount, "", point, "", flags)?)
+    }
+}
+
+/// A file system that is mounted where nobody sees it; it is unmounted when dropped, and when the process ends.
+#[derive(Debug)]
+pub struct PrivateMount {
+    mount: OwnedFd,
+}
+
+impl PrivateMount {
+    /// Mounts the block device `source` as a `kind`, with these options (`name` or `name=value`).
+    pub fn new(kind: &str, source: &Path, options: &[&str]) -> io::Result<PrivateMount> {
+        let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(&context, "source", source)?;
+        for option in options {
+            match option.split_once('=') {
+                Some((name, value)) => fsconfig_set_string(&context, name, value)?,
+                None => fsconfig_set_flag(&context, *option)?,
+            }
+        }
+        fsconfig_create(&context)?;
+        let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+        Ok(PrivateMount { mount })
+    }
+
+    /// Its root directory, opened.
+    pub fn root(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(&self.mount, ".", flags, Mode::empty())?)
+    }
+
+    /// A path to its root directory that works in this process.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/.", std::os::fd::AsRawFd::as_raw_fd(&self.mount)))
     }
 }
 

@@ -35,6 +35,8 @@ pub struct Levels {
     pub publish: PublishLevels,
     /// The store, if there is one.
     pub store: Option<StoreLevels>,
+    /// Requests on the registry port, by what came of them; none without that port.
+    pub registry: Parts,
 }
 
 /// Layer images of this node.
@@ -102,6 +104,8 @@ pub struct PublishLevels {
     pub uploaded: u64,
     /// Attempts that failed.
     pub failures: u64,
+    /// Uses of images to be noted, by what came of it.
+    pub uses: Parts,
 }
 
 /// What has happened on the store.
@@ -123,6 +127,14 @@ pub struct StoreLevels {
     pub read_bytes: u64,
     /// Bytes of objects that were written.
     pub written_bytes: u64,
+    /// What the last check of the whole store found, by what was wrong.
+    pub scrub_found: Parts,
+    /// Bytes that were read for these checks.
+    pub scrubbed: u64,
+    /// How many came to their end.
+    pub scrub_rounds: u64,
+    /// When the last one did, seconds since 1970 UTC; 0 for never.
+    pub scrub_ended: u64,
 }
 
 /// How long what was done took.
@@ -155,6 +167,10 @@ impl<F: Fn() -> Levels + Send + Sync + 'static> Collector for LevelCollector<F> 
         page.layers(&levels.layers)?;
         page.traces(&levels.traces)?;
         page.publish(&levels.publish)?;
+        if !levels.registry.is_empty() {
+            let help = "Requests for images on the registry port, by what came of them";
+            page.counters("registry_requests", help, None, "outcome", &levels.registry)?;
+        }
         match &levels.store {
             Some(store) => page.store(store),
             None => Ok(()),
@@ -242,7 +258,9 @@ impl Page<'_> {
         let uploaded = "Bytes uploaded for published layers, compressed, without what the store had";
         self.counter("uploaded", uploaded, bytes.as_ref(), publish.uploaded)?;
         let failures = "Attempts to publish a layer or the name of an image that failed";
-        self.counter("publish_failures", failures, None, publish.failures)
+        self.counter("publish_failures", failures, None, publish.failures)?;
+        let uses = "Uses of images to be noted on the store, by what came of it";
+        self.counters("image_uses", uses, None, "outcome", &publish.uses)
     }
 
     fn store(&mut self, store: &StoreLevels) -> fmt::Result {
@@ -266,7 +284,18 @@ impl Page<'_> {
         self.counter("store_breaker_opened", "How often that began", None, store.rests)?;
         let bytes = Some(Unit::Bytes);
         self.counter("store_read", "Bytes of objects read whole", bytes.as_ref(), store.read_bytes)?;
-        self.counter("store_written", "Bytes of objects written", bytes.as_ref(), store.written_bytes)
+        self.counter("store_written", "Bytes of objects written", bytes.as_ref(), store.written_bytes)?;
+        self.store_scrub(store)
+    }
+
+    fn store_scrub(&mut self, store: &StoreLevels) -> fmt::Result {
+        let found = "Objects that the last check of the whole store found wrong, by what was wrong";
+        self.gauges("store_scrub_found", found, "problem", &store.scrub_found)?;
+        let bytes = Some(Unit::Bytes);
+        self.counter("store_scrubbed", "Read to check the whole store", bytes.as_ref(), store.scrubbed)?;
+        self.counter("store_scrub_rounds", "Checks of the whole store", None, store.scrub_rounds)?;
+        let ended = "When the last check of the whole store ended, since 1970 UTC; 0 for never";
+        self.gauge("store_scrub_ended", ended, Some(&Unit::Seconds), store.scrub_ended)
     }
 
     fn gauge(&mut self, name: &str, help: &str, unit: Option<&Unit>, value: u64) -> fmt::Result {
@@ -330,6 +359,8 @@ mod tests {
             rests: 5,
             read_bytes: 6,
             written_bytes: 7,
+            scrub_found: vec![("missing", 1), ("damaged", 8)],
+            ..StoreLevels::default()
         };
         Levels {
             snapshots: vec![("view", 1), ("active", 2), ("committed", 3)],
@@ -419,6 +450,8 @@ mod tests {
             ("speedy_store_breaker_open", 1.0),
             ("speedy_store_breaker_opened_total", 5.0),
             ("speedy_store_written_bytes_total", 7.0),
+            ("speedy_store_scrub_found{problem=\"damaged\"}", 8.0),
+            ("speedy_store_scrub_rounds_total", 0.0),
             ("speedy_rpc_calls_total{method=\"Prepare\",code=\"OK\"}", 1.0),
             ("speedy_diff_applies_total{how=\"image\"}", 1.0),
         ];

@@ -104,6 +104,9 @@ expect_listing() {
     same_files "$W/expected/$2.txt" "$N/got.txt" "$2 by $1: the container sees something else than the image has"
 }
 
+# in_registry REPOSITORY TAG: the registry gives a manifest only to whom takes its kind.
+in_registry() { curl -sf -o /dev/null -H 'Accept: application/vnd.oci.image.manifest.v1+json' "http://$REGISTRY/v2/$1/manifests/$2"; }
+
 # --- two nodes ------------------------------------------------------------------------------------------------------
 
 # fleet: node b with the registry behind a link. Once for a whole run.
@@ -211,3 +214,8 @@ through_link() {
     AWS_ENDPOINT_URL=$address AWS_ENDPOINT=$address "$@"
 }
 store_fault() { link_fault "$(link_address "$CLUSTER_ENDPOINT")" "$@"; }
+
+stand_in_ends() {
+    [[ ! -e $W/stand-in.pid ]] || daemon_stop stand-in KILL
+    rm -f "$W/stand-in.log"
+}

@@ -4,8 +4,8 @@
     mkimage.py REGISTRY EXPECTED NAME...
 
 NAME is tiny, pause, eight, deep (128 layers), or one of those about layers: more (eight's and one more), aba (a layer, another,
-the first one again), empties (the empty layer five times), large (one layer with 96 MiB of noise), plain, docker, zstd (eight's
-layers as other media types).
+the first one again), empties (the empty layer five times), large (one layer with 96 MiB of noise), plain, docker, zstd, encrypted
+(eight's layers as other media types; encrypted is: each byte with 0x5A). deep-N is like deep, and shares only its first layer with others.
 
 Every tar entry is written here, so that the tests know exactly what a container must see. What that
 is goes to EXPECTED/NAME.txt, in the form that the image's own /bin/listing prints. Only the standard
@@ -267,12 +267,12 @@ def eight():
     yield eight_
 
 
-def deep():
+def deep(which=""):
     yield base_layer("deep\n")
     for number in range(2, 129):
         layer = Layer()
         layer.dir("deep")
-        layer.file(f"deep/{number:03}", f"layer {number}\n")
+        layer.file(f"deep/{number:03}", f"layer {number}{which}\n")
         layer.file("deep/top", f"{number}\n")
         layer.file(f"deep/passing-{number}", "gone in the next layer")
         if number > 2:
@@ -337,6 +337,7 @@ IMAGES = {
     "plain": (eight, ["/bin/listing"]),
     "docker": (eight, ["/bin/listing"]),
     "zstd": (eight, ["/bin/listing"]),
+    "encrypted": (eight, ["/bin/listing"]),
 }
 
 OCI, DOCKER = "application/vnd.oci.image", "application/vnd.docker"
@@ -345,6 +346,7 @@ GZIP = (OCI + ".manifest.v1+json", OCI + ".config.v1+json", OCI + ".layer.v1.tar
 FORMS = {
     "plain": (*GZIP[:2], OCI + ".layer.v1.tar", lambda tar: tar),
     "zstd": (*GZIP[:2], OCI + ".layer.v1.tar+zstd", lambda tar: subprocess.run(["zstd", "-1qc"], input=tar, stdout=subprocess.PIPE, check=True).stdout),
+    "encrypted": (*GZIP[:2], GZIP[2] + "+encrypted", lambda tar: GZIP[3](tar).translate(bytes(n ^ 0x5A for n in range(256)))),
     "docker": (DOCKER + ".distribution.manifest.v2+json", DOCKER + ".container.image.v1+json", DOCKER + ".image.rootfs.diff.tar.gzip", GZIP[3]),
 }
 
@@ -375,11 +377,12 @@ class Registry:
 
 
 def make(address, expected, name):
-    layers, command = IMAGES[name]
+    kind, _, which = name.partition("-")
+    layers, command = IMAGES[kind]
     manifest_kind, config_kind, layer_kind, pack = FORMS.get(name, GZIP)
     registry, tree = Registry(address, name), Tree()
     diff_ids, descriptors = [], []
-    for layer in layers():
+    for layer in layers(f" of {which}") if which else layers():
         tree.apply(layer)
         tar = layer.bytes()
         diff_ids.append("sha256:" + hashlib.sha256(tar).hexdigest())

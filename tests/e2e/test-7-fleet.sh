@@ -775,3 +775,38 @@ test_cluster_read_only_credentials() {
     SPEEDY_PUBLISH_POLICY=off through_link trusting fresh_b --store "$SPEEDY_STORE"
     expect_from_store ctr eight 8
 }
+
+# --- collection -------------------------------------------------------------------------------------------------------
+
+# grown_old STORE: everything in a directory was written a hundred days ago.
+grown_old() { find "${1#file://}" -type f -exec touch -d "100 days ago" {} +; }
+gc() { "$SPEEDY" gc --store "$1" --json "${@:2}"; }
+
+test_fleet_removed_images_are_collected() {
+    # Two images share layers; one is removed. What the other needs stays, and a node that has nothing starts it from the store.
+    local store plan before after
+    need_speedy
+    store=$(file_store)
+    fresh_fleet "$store"
+    publish_all pause more
+    wait_for 30 "both names" is_named "$store" pause || fail "the image has no name"
+    expect_contains "$("$SPEEDY" images --store "$store")" "$(image more)" "the images of the store"
+    expect_equal true "$("$SPEEDY" images --store "$store" --json | jq '[.images[].complete] | all')" "both are complete"
+    plan=$(gc "$store")
+    expect_equal 0 "$(jq .dead.objects <<< "$plan")" "nothing is dead"
+    grown_old "$store"
+    before=$(objects "${store#file://}" chunks)
+    "$SPEEDY" images rm "$(image pause)" --store "$store" || fail "a dry run failed"
+    is_named "$store" pause || fail "a dry run removed a name"
+    "$SPEEDY" images rm "$(image pause)" --store "$store" --execute
+    ! is_named "$store" pause || fail "the name is still there"
+    # First the refs, then what they needed.
+    gc "$store" --execute --alone > /dev/null
+    grown_old "$store"
+    gc "$store" --execute --alone > /dev/null
+    after=$(objects "${store#file://}" chunks)
+    ((after < before)) || fail "of $before chunks $after are left"
+    expect_equal true "$("$SPEEDY" images --store "$store" --json | jq '[.images[].complete] | all')" "what is left is complete"
+    expect_equal 0 "$(gc "$store" | jq '.dead.objects + .later.objects')" "nothing is left to collect"
+    expect_from_store ctr more 9
+}

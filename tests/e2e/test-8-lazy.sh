@@ -182,6 +182,31 @@ test_lazy_keeper_dies() {
     on b ctr_remove reader
 }
 
+test_lazy_daemon_and_keeper_are_upgraded() {
+    # Under a container that reads and checks everything: the keeper becomes the installed program and the daemon is stopped and started,
+    # by turns. The keeper stays the process it was, and no read fails.
+    local round keeper upgraded
+    lazy_fleet 60 large
+    on b pull large
+    on b reader_start reader large
+    keeper=$(pgrep -f "keeper --while-needed --socket $W/b/") || fail "there is no keeper"
+    for round in 1 2 3; do
+        sleep 1
+        upgraded=$(grep -c "upgraded: this is the installed program now" "$W/speedy-b.log" || true)
+        kill -USR2 "$keeper"
+        wait_for 10 "the keeper to be the installed program" upgraded_more "$upgraded" || fail "the keeper was not upgraded"
+        through_link trusting restart_b --store "$SPEEDY_STORE"
+        drop_caches
+    done
+    expect_equal "$keeper" "$(pgrep -f "keeper --while-needed --socket $W/b/")" "the keeper's process"
+    link_post "link?mbit=0"
+    wait_for 60 "the reader to go on" more_rounds reader $(($(rounds reader) + 2)) || fail "the reader hangs: $(tail -n 3 "$W/reader-reader")"
+    wait_for 60 "the layer to be native" no_lazy || fail "the layer is not native"
+    on b expect_reader_well reader large
+    on b ctr_remove reader
+}
+upgraded_more() { (($(grep -c "upgraded: this is the installed program now" "$W/speedy-b.log") > $1)); }
+
 test_lazy_both_die() {
     # Nobody is left: reads fail at once, with an error, and work again as soon as there is a daemon. What runs may die of it, so the
     # files are read from outside.
@@ -203,6 +228,21 @@ test_lazy_both_die() {
     on b ctr_remove sleeper
 }
 
+test_lazy_removed_image_is_fetched_no_further() {
+    # What is removed while it is fetched takes nothing of the link any more. It was fetched to its end once, and then reported as a
+    # layer that cannot be fetched.
+    lazy_fleet 40 large
+    on b pull large
+    on b ctr_run --rm "$(image large)" first /bin/cat /data/hello >/dev/null
+    on b ctr images rm --sync "$(image large)" >/dev/null
+    wait_for 20 "the layer to be removed" on b no_layers
+    sleep 1
+    link_post reset
+    sleep 3
+    (($(link_counters .down) < 1000000)) || fail "$(link_counters .down) bytes were fetched of what was removed"
+    ! grep -q "a layer cannot be fetched" "$W/speedy-b.log" || fail "its removal was reported as a failure"
+}
+
 test_lazy_off() {
     lazy_fleet 0 large
     SPEEDY_FETCH_LAZY=off through_link trusting fresh_b --store "$SPEEDY_STORE"
@@ -212,6 +252,7 @@ test_lazy_off() {
 }
 
 # traces_reach FIELD NUMBER: in what this node's daemon says of traces.
+trace_is_fetched() { [[ $(explain "$(image "$1")" | jq -r '.[-1].trace') == *"were fetched first"* ]]; }
 traces_reach() { (($(status_of ".traces.$1") >= $2)); }
 
 test_lazy_learns_what_starts_read() {
@@ -228,6 +269,8 @@ test_lazy_learns_what_starts_read() {
     link_post reset "blobs?layers=refuse" "link?mbit=40"
     on b pull large
     wait_for 20 "the chunks of the trace" on b traces_reach bytes $((16 << 20)) || { on b status_of .traces >&2; fail "nothing is prefetched"; }
+    # The last chunks are on their way when there are as many bytes as the file has.
+    wait_for 20 "the end of the trace" on b trace_is_fetched large || { on b explain "$(image large)" >&2; fail "the trace is not fetched"; }
     recorded=$(on b status_of .traces.bytes)
     down=$(link_counters .down)
     printf 'prefetched %d bytes, %d over the link\n' "$recorded" "$down"
@@ -242,6 +285,48 @@ test_lazy_learns_what_starts_read() {
     wait_for 60 "the layer to be native" no_lazy || fail "the layer is not native"
     wait_for 30 "the use of the trace to be counted" on b traces_reach used 60 || { on b status_of .traces >&2; fail "it is not seen that the trace was used"; }
     expect_no_layers_from_registry large
+}
+
+test_lazy_pinned_image_is_here_before_it_starts() {
+    # 96 MiB at 100 Mbit/s take 8 s: an image that is not pinned starts before. This one starts when nothing of it is missing, and a limit
+    # that it does not keep to does not take it away.
+    local before
+    lazy_fleet 100 large pause
+    SPEEDY_PIN='*/large:*,nothing/*' through_link trusting fresh_b --store "$SPEEDY_STORE"
+    link_post reset "blobs?layers=refuse" "link?mbit=100"
+    on b pull large
+    on b ctr_start user large
+    store_fault refuse
+    link_post "link?mbit=0"
+    drop_caches
+    on b ctr_exec user /bin/sh -c 'cd /data && sha256sum noise-*' >"$W/read" || fail "a pinned image was not whole when its container started"
+    expect_read_right large "$W/read"
+    [[ $(on b layers_json 'map(select(.pinned)) | length') -ge 1 ]] || fail "layers does not tell of pins: $(on b layers_json .)"
+    store_fault none
+    on b layers_within 60 >/dev/null
+    SPEEDY_LAYERS_LIMIT=32MiB SPEEDY_PIN='*/large:*' through_link trusting restart_b --store "$SPEEDY_STORE"
+    wait_for 20 "the limit to be noticed" on b log_says_too_much || fail "no word of the limit"
+    before=$(on b layers_json 'map(select(.pinned and .state == "complete") | .bytes) | add')
+    ((before > 90 << 20)) || fail "a pinned image was given up: $(on b layers_json .)"
+    on b expect_listing ctr large
+    expect_no_layers_from_registry large
+    on b ctr_remove user
+    # Without the image its layers are cache as any other's.
+    on b ctr images rm --sync "$(image large)"
+    wait_for 30 "the layers of a removed image to go" on b no_pins || fail "still pinned: $(on b layers_json .)"
+    through_link trusting fresh_b --store "$SPEEDY_STORE"
+}
+layers_json() { "$SPEEDY" layers --json --address "$SPEEDY_ADDRESS" | jq -r "$1"; }
+log_says_too_much() { grep -q 'layer images take more than their limit' "$W/speedy-b.log"; }
+no_pins() { [[ $(layers_json 'map(select(.pinned)) | length') == 0 ]]; }
+
+# expect_read_right NAME FILE: sums of files of /data as sha256sum prints them are those that the image's maker expects, of all that it has.
+expect_read_right() {
+    local sum file
+    [[ $(wc -l <"$2") == 6 ]] || fail "not six files were read: $(cat "$2")"
+    while read -r sum file; do
+        grep -q "/data/$file.*$sum\|$sum.*/data/$file" "$W/expected/$1.txt" || fail "$file has other bytes"
+    done <"$2"
 }
 
 test_lazy_traces_off() {

@@ -3,6 +3,7 @@
 
 test_fleet_ends() {
     need_speedy
+    stand_in_ends
     if [[ -d $W/b ]]; then
         on b cri_reset
         on b remove_everything

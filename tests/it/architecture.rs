@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Module → tier. A module imports from lower tiers and its own folder only; `telemetry` may be imported by all.
-const TIERS: [(&str, u8); 18] = [
+const TIERS: [(&str, u8); 19] = [
     ("cli", 9),
     ("daemon", 8),
     ("config", 7),
@@ -12,6 +12,7 @@ const TIERS: [(&str, u8); 18] = [
     ("snapshot", 5),
     ("driver", 4),
     ("layer", 4),
+    ("registry", 4),
     ("content", 3),
     ("image", 2),
     ("chunk", 2),
@@ -26,7 +27,7 @@ const TIERS: [(&str, u8); 18] = [
 ];
 
 /// Foreign crate → the only places that may name it.
-const FOREIGN: [(&str, &[&str]); 15] = [
+const FOREIGN: [(&str, &[&str]); 19] = [
     ("tonic", &["service", "containerd", "cli/check", "cli/ask"]),
     ("rusqlite", &["snapshot/metastore", "snapshot/schema"]),
     ("rustix", &["sys"]),
@@ -34,7 +35,10 @@ const FOREIGN: [(&str, &[&str]); 15] = [
     ("clap", &["cli"]),
     ("toml", &["config"]),
     ("prometheus_client", &["telemetry"]),
+    ("askama", &["service/page"]),
     ("axum", &["service"]),
+    ("hyper", &["registry"]),
+    ("reqwest", &["registry"]),
     ("anyhow", &["cli"]),
     ("aws_lc_rs", &["oci"]),
     ("object_store", &["object"]),
@@ -42,6 +46,7 @@ const FOREIGN: [(&str, &[&str]); 15] = [
     ("flate2", &["image/compression"]),
     ("tar_core", &["image/tar", "cli/publish/archive"]),
     ("ed25519_dalek", &["content/trust"]),
+    ("devicemapper", &["driver/thin/device"]),
 ];
 
 const LONGEST_FILE: usize = 600;
@@ -151,7 +156,8 @@ fn foreign_crates_stay_in_their_rooms() {
 fn unsafe_code_stays_in_sys() {
     for source in sources().iter().filter(|s| s.module != "sys") {
         for (at, line) in source.code() {
-            let mut words = line.split(|c: char| !c.is_alphanumeric() && c != '_');
+            // `unsafe-inline` is a word of HTTP's.
+            let mut words = line.split(|c: char| !c.is_alphanumeric() && c != '_' && c != '-');
             assert!(!words.any(|w| w == "unsafe"), "{}:{at}", source.name);
         }
     }

@@ -14,7 +14,7 @@ fn stderr(output: &Output) -> String {
 #[test]
 fn help_names_every_verb() {
     let help = String::from_utf8(speedy(&["--help"]).stdout).unwrap();
-    for verb in ["serve", "keeper", "check", "config", "completion", "man"] {
+    for verb in ["serve", "keeper", "check", "fetch", "config", "completion", "man"] {
         assert!(help.contains(&format!("\n  {verb} ")), "{verb} is not in\n{help}");
     }
 }
@@ -40,6 +40,7 @@ fn completion_and_manual_are_printed() {
     }
     let page = String::from_utf8(speedy(&["man"]).stdout).unwrap();
     assert!(page.starts_with(".ie") || page.contains(".TH speedy"), "{page}");
+    assert!(page.contains("speedy config hosts") && page.contains("plain\\-http"), "the verbs below verbs");
 }
 
 #[test]
@@ -52,6 +53,25 @@ fn a_configuration_mistake_is_one_clear_line() {
     let message = stderr(&output);
     assert!(message.contains("rooot") && message.contains("did you mean \"root\""), "{message}");
     assert_eq!(message.lines().count(), 1, "{message}");
+}
+
+#[test]
+fn hosts_need_an_address_and_a_registry() {
+    let hosts = |args: &[&str]| speedy(&[&["config", "hosts"], args].concat());
+    let none = hosts(&["docker.io"]);
+    assert!(stderr(&none).contains("registry = \"127.0.0.1:5051\""), "{}", stderr(&none));
+    let wrong = hosts(&["--registry", "127.0.0.1:5051", "https://docker.io"]);
+    assert!(stderr(&wrong).contains("expected a host"), "{}", stderr(&wrong));
+    let good = hosts(&["--registry", "127.0.0.1:5051", "docker.io"]);
+    let text = String::from_utf8(good.stdout).unwrap();
+    assert!(text.starts_with("# /etc/containerd/certs.d/docker.io/hosts.toml\n"), "{text}");
+    assert!(text.contains("\nserver = \"http://127.0.0.1:5051\"\n"), "{text}");
+    let json = hosts(&["--registry", "127.0.0.1:5051", "docker.io", "--json"]).stdout;
+    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    assert_eq!(json["path"], "/etc/containerd/certs.d/docker.io/hosts.toml");
+    // The verb above it is as it was.
+    let config = String::from_utf8(speedy(&["config", "--registry", "[::1]:5051"]).stdout).unwrap();
+    assert!(config.contains("\nregistry") && config.contains("\"[::1]:5051\""), "{config}");
 }
 
 #[test]

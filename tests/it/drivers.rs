@@ -2,7 +2,7 @@
 
 use speedy::driver::memory::Memory;
 use speedy::driver::overlay::{Overlay, OverlayOptions};
-use speedy::driver::{Access, Driver, Id, IdMapping, Mount, MountRequest, Owner, Purpose};
+use speedy::driver::{Access, Driver, Id, IdMapping, Inventory, Mount, MountRequest, Owner, Purpose};
 
 use crate::suite;
 
@@ -24,7 +24,7 @@ fn what_is_not_the_overlay_drivers_stays() {
     for name in ["007", "x", "-1", "1 ", "99999999999999999999999"] {
         std::fs::create_dir(root.path().join("l").join(name)).unwrap();
     }
-    assert!(driver.inventory().unwrap().is_empty());
+    assert_eq!(driver.inventory().unwrap(), Inventory::Serials(Vec::new()));
 }
 
 /// The shapes of containerd's own overlayfs snapshotter; appliers, shims and BuildKit take them apart again.
@@ -36,7 +36,7 @@ fn overlay_mounts_are_containerds() {
     let at = |serial: u64, name: &str| root.path().join(format!("l/{serial}/{name}")).display().to_string();
     let id = |serial: u64| Id { serial, slot: 0 };
     let mounts = |access, parents: &[Id], mapping, purpose| {
-        driver.mounts(&MountRequest { id: id(9), parents, access, mapping, purpose }).remove(0)
+        driver.mounts(&MountRequest { id: id(9), parents, access, mapping, purpose, size: None }).remove(0)
     };
     let bind = |source: String, options: &[&str]| Mount {
         kind: "bind".into(),
@@ -87,6 +87,7 @@ fn many_layers_fit_one_page_of_options() {
         access: Access::ReadWrite,
         mapping: None,
         purpose: Purpose::Ordinary,
+        size: None,
     };
     let options = driver.mounts(&request).remove(0).options.join(",");
     let common = format!("{}/", root.path().join("l").display());

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use speedy::driver::memory::Memory;
 use speedy::driver::overlay::{Overlay, OverlayOptions};
-use speedy::driver::{Cancelled, Driver, DriverError, Id, Measure, Mount, MountRequest, Owner};
+use speedy::driver::{Cancelled, Creation, Driver, DriverError, Id, Inventory, Measure, Mount, MountRequest};
 use speedy::snapshot::filter::Filter;
 use speedy::snapshot::remote::LABEL_REF;
 use speedy::snapshot::snapshotter::{Policy, Sharing};
@@ -42,9 +42,9 @@ impl Driver for Faulty {
         self.inner.reserve(ids)
     }
 
-    fn create(&self, id: Id, parent: Option<Id>, root: Option<Owner>) -> Result<(), DriverError> {
+    fn create(&self, new: &Creation) -> Result<(), DriverError> {
         self.check_full()?;
-        self.inner.create(id, parent, root)
+        self.inner.create(new)
     }
 
     fn mounts(&self, request: &MountRequest<'_>) -> Vec<Mount> {
@@ -69,7 +69,7 @@ impl Driver for Faulty {
         }
     }
 
-    fn inventory(&self) -> Result<Vec<u64>, DriverError> {
+    fn inventory(&self) -> Result<Inventory, DriverError> {
         self.inner.inventory()
     }
 

@@ -25,6 +25,7 @@ mod layers;
 mod maker;
 mod metadata;
 mod model;
+mod monitoring;
 mod objects;
 mod reads;
 mod s3;

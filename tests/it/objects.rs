@@ -193,3 +193,60 @@ async fn a_slow_server_is_asked_twice() {
     let stats = objects.stats();
     assert_eq!((stats.hedges_won, stats.retries), (1, 0), "{stats:?}");
 }
+
+/// Keys had to be given in the environment, so that a node whose keys were replaced had to be restarted. Whichever is replaced
+/// first, the file or the store's own list of keys: no call fails.
+#[tokio::test]
+async fn credentials_rotate_without_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("credentials");
+    let keys = |key: &str| {
+        let text = format!("[node]\naws_access_key_id = {key}\naws_secret_access_key = hunter2-{key}\n");
+        std::fs::write(dir.path().join("new"), text).unwrap();
+        std::fs::rename(dir.path().join("new"), &file).unwrap();
+    };
+    let server = Server::start().await;
+    server.admit("one");
+    keys("one");
+    let path = file.display().to_string();
+    let settings = [("AWS_SHARED_CREDENTIALS_FILE", path.as_str()), ("AWS_PROFILE", "node")];
+    let objects = server.store_with("s3://bucket/p", options(), &settings);
+    objects.put("a", Bytes::from_static(BODY)).await.unwrap();
+
+    // The store refuses the old keys before we have looked at the file again.
+    keys("two");
+    server.admit("two");
+    assert_eq!(objects.get("a", 100).await.unwrap().unwrap(), BODY);
+    let all = (0..20).map(|n| {
+        let objects = objects.clone();
+        async move { objects.put(&format!("b/{n}"), Bytes::from_static(BODY)).await }
+    });
+    keys("three");
+    server.admit("three");
+    for done in futures::future::join_all(all).await {
+        done.unwrap();
+    }
+    assert_eq!(objects.list("b", 100).await.unwrap().len(), 20);
+
+    // A refusal that nothing can be done about is told, without the secret, and is over when the file has the right keys.
+    server.admit("four");
+    let refused = objects.get("a", 100).await.unwrap_err();
+    assert!(matches!(&refused, ObjectError::Denied(told) if !told.contains("hunter2")), "{refused}");
+    keys("four");
+    assert_eq!(objects.get("a", 100).await.unwrap().unwrap(), BODY);
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(objects.get("a", 100).await.unwrap().unwrap(), BODY);
+}
+
+#[tokio::test]
+async fn a_credentials_file_that_says_nothing_is_named() {
+    let server = Server::start().await;
+    let settings = [("AWS_SHARED_CREDENTIALS_FILE", "/nowhere/credentials")];
+    let objects = server.store_with("s3://bucket/p", options(), &settings);
+    let refused = objects.get("a", 100).await.unwrap_err();
+    assert!(
+        matches!(&refused, ObjectError::Denied(told) if told.contains("/nowhere/credentials")),
+        "{refused}"
+    );
+    assert_eq!(server.requests(), 0, "nobody is asked without credentials");
+}

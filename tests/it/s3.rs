@@ -37,6 +37,8 @@ struct State {
     /// The fault, and for how many requests.
     fault: Mutex<(Fault, u64)>,
     requests: AtomicU64,
+    /// The only key that is let in, if not all are.
+    key: Mutex<Option<String>>,
 }
 
 /// A running server; ends with it.
@@ -55,6 +57,7 @@ impl Server {
             objects: Mutex::default(),
             fault: Mutex::new((Fault::None, 0)),
             requests: AtomicU64::new(0),
+            key: Mutex::default(),
         });
         let mut accepting = JoinSet::new();
         let shared = Arc::clone(&state);
@@ -78,15 +81,20 @@ impl Server {
     }
 
     pub(crate) fn store_in(&self, url: &str, options: StoreOptions) -> Objects {
-        let settings: Settings = [
-            ("AWS_ENDPOINT_URL", format!("http://{}", self.address)),
-            ("AWS_ACCESS_KEY_ID", "key".to_owned()),
-            ("AWS_SECRET_ACCESS_KEY", "hunter2".to_owned()),
-        ]
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect();
+        self.store_with(url, options, &[("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "hunter2")])
+    }
+
+    /// A store on this server with these credentials.
+    pub(crate) fn store_with(&self, url: &str, options: StoreOptions, settings: &[(&str, &str)]) -> Objects {
+        let endpoint = ("AWS_ENDPOINT_URL".to_owned(), format!("http://{}", self.address));
+        let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let settings: Settings = settings.chain([endpoint]).collect();
         Objects::open(url, &StoreOptions { settings, ..options }).unwrap()
+    }
+
+    /// From now on, only who signs with this key is let in.
+    pub(crate) fn admit(&self, key: &str) {
+        *self.state.key.lock() = Some(key.to_owned());
     }
 
     /// From now on, for all requests.
@@ -130,6 +138,8 @@ struct Request {
     method: String,
     path: String,
     query: BTreeMap<String, String>,
+    /// The key that signed it.
+    key: String,
     body: Vec<u8>,
 }
 
@@ -148,11 +158,13 @@ async fn read_request(stream: &mut TcpStream) -> std::io::Result<Option<Request>
     let length = head.lines().find_map(|line| {
         line.to_ascii_lowercase().strip_prefix("content-length:").map(|n| n.trim().parse::<usize>().unwrap())
     });
+    let signed = head.split_once("Credential=").and_then(|(_, rest)| rest.split('/').next());
+    let key = signed.unwrap_or_default().to_owned();
     let mut body = vec![0; length.unwrap_or(0)];
     stream.read_exact(&mut body).await?;
     let url = url::Url::parse(&format!("http://host{target}")).unwrap();
     let query = url.query_pairs().map(|(k, v)| (k.into_owned(), v.into_owned())).collect();
-    Ok(Some(Request { method, path: url.path().to_owned(), query, body }))
+    Ok(Some(Request { method, path: url.path().to_owned(), query, key, body }))
 }
 
 struct Response {
@@ -188,6 +200,9 @@ async fn serve(mut stream: TcpStream, state: &State) -> std::io::Result<()> {
         }
         let mut response = match fault {
             Fault::Status(status, code) => Response::error(status, code),
+            _ if state.key.lock().as_ref().is_some_and(|key| *key != request.key) => {
+                Response::error(403, "InvalidAccessKeyId")
+            }
             _ => answer(&request, state),
         };
         if fault == Fault::Flipped && request.method == "GET" {

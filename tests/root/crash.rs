@@ -5,9 +5,9 @@
 //! it fails, and then its seed.
 
 use std::collections::BTreeMap;
+use std::process::Command;
 use std::time::Duration;
 
-use speedy::driver::Driver;
 use speedy::driver::overlay::{Overlay, OverlayOptions};
 use speedy::proto::containerd::services::snapshots::v1 as wire;
 use speedy::snapshot::{metastore, reconcile};
@@ -176,38 +176,43 @@ fn settle(known: &mut Known, doubt: Option<Op>, found: BTreeMap<String, Snapshot
 
 pub(crate) fn require_equal(place: &Place, context: &str) {
     let driver = Overlay::open(&place.root(), OverlayOptions::default()).unwrap();
-    let inventory = driver.inventory().unwrap();
+    let images = speedy::layer::images_below(&place.root()).unwrap();
+    let inventory = reconcile::Inventory::of(&driver, images).unwrap();
     let recorded = metastore::read_recorded(&place.root()).unwrap().unwrap();
-    let inventory = reconcile::Inventory {
-        directories: inventory.into_iter().collect(),
-        images: speedy::layer::images_below(&place.root()).unwrap().into_iter().collect(),
-    };
     let plan = reconcile::plan(&recorded, &inventory);
     assert!(plan.is_empty(), "{context}: {plan:?}");
     assert!(recorded.removing.is_empty(), "{context}: {:?} not freed", recorded.removing);
 }
 
-#[test]
-fn kill_at_any_instant_loses_no_answered_call() {
-    let number = |name: &str, default: u64| std::env::var(name).map_or(default, |n| n.parse().unwrap());
-    let (rounds, first_seed) = (number("CRASH_ROUNDS", 200), number("CRASH_SEED", 1));
-    let place = Place::new();
+/// Which rounds there are, and what they are tried on.
+pub(crate) struct Loop<'a> {
+    pub(crate) rounds: u64,
+    pub(crate) first_seed: u64,
+    /// How long a daemon lives at most.
+    pub(crate) longest: Duration,
+    pub(crate) command: &'a dyn Fn() -> Command,
+    /// Whether records and storage agree.
+    pub(crate) require_equal: &'a dyn Fn(&str),
+}
+
+/// Starts the daemon and kills it, again and again; answers how many calls were answered.
+pub(crate) fn kill_again_and_again(place: &Place, kills: &Loop<'_>) -> usize {
     let mut known = vec![Known::default(); CLIENTS];
     let mut doubts: Vec<Option<Op>> = vec![None; CLIENTS];
     let mut answered_in_all = 0;
-    for round in 0..rounds {
-        let seed = first_seed + round;
+    for round in 0..kills.rounds {
+        let seed = kills.first_seed + round;
         let context = format!("CRASH_SEED={seed} CRASH_ROUNDS=1 (round {round})");
         let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
         runtime().block_on(async {
-            let mut daemon = place.start();
+            let mut daemon = place.start_command((kills.command)());
             let mut client = daemon.client(&place.socket()).await;
             let all = list(&mut client).await;
             for (number, known) in known.iter_mut().enumerate() {
                 settle(known, doubts[number].take(), part_of(&all, number), &context);
             }
             client.cleanup(wire::CleanupRequest::default()).await.unwrap();
-            require_equal(&place, &context);
+            (kills.require_equal)(&context);
 
             let mut tasks = tokio::task::JoinSet::new();
             for (number, known) in known.iter().enumerate() {
@@ -215,8 +220,8 @@ fn kill_at_any_instant_loses_no_answered_call() {
                 let seed = seed.wrapping_mul(1000) + number as u64 + 1;
                 tasks.spawn(async move { (number, run_client(client, number, known, seed).await) });
             }
-            let instant = Duration::from_micros(random.below(150_000) as u64);
-            tokio::time::sleep(instant).await;
+            let most = usize::try_from(kills.longest.as_micros()).unwrap();
+            tokio::time::sleep(Duration::from_micros(random.below(most) as u64)).await;
             daemon.kill();
             for (number, (now_known, doubt, answered)) in tasks.join_all().await {
                 known[number] = now_known;
@@ -225,9 +230,27 @@ fn kill_at_any_instant_loses_no_answered_call() {
             }
         });
     }
-    assert!(
-        answered_in_all > usize::try_from(rounds).unwrap() * 10,
-        "only {answered_in_all} calls in {rounds} rounds"
+    answered_in_all
+}
+
+pub(crate) fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |n| n.parse().unwrap())
+}
+
+#[test]
+fn kill_at_any_instant_loses_no_answered_call() {
+    let (rounds, first_seed) = (number("CRASH_ROUNDS", 200), number("CRASH_SEED", 1));
+    let place = Place::new();
+    let answered = kill_again_and_again(
+        &place,
+        &Loop {
+            rounds,
+            first_seed,
+            longest: Duration::from_millis(150),
+            command: &|| place.command(),
+            require_equal: &|context| require_equal(&place, context),
+        },
     );
-    println!("{rounds} kills, {answered_in_all} answered calls");
+    assert!(answered > usize::try_from(rounds).unwrap() * 10, "only {answered} calls in {rounds} rounds");
+    println!("{rounds} kills, {answered} answered calls");
 }

@@ -11,6 +11,9 @@ mod circular;
 mod cold;
 mod crash;
 mod disk;
+#[cfg(feature = "devicemapper")]
+#[path = "../it/suite/driver.rs"]
+mod driver_suite;
 mod extract;
 mod image;
 mod keeper;
@@ -24,3 +27,5 @@ mod power;
 mod process;
 mod serve;
 mod takeover;
+#[cfg(feature = "devicemapper")]
+mod thin;

@@ -11,7 +11,8 @@ use tonic::transport::Channel;
 
 pub(crate) type Client = SnapshotsClient<Channel>;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+/// For a daemon on an emulated processor, whose pool is slow besides, too.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Fails loudly where the tests cannot run.
 pub(crate) fn require_root() {

@@ -174,9 +174,19 @@ fn a_call_that_is_given_up_is_done_or_not_done() {
     });
 }
 
-#[test]
-fn metrics_are_served_on_loopback() {
+/// What the loopback port answers to this request.
+fn asked(at: &str, path: &str, host: &str) -> String {
     use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect(at).unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+#[test]
+fn metrics_and_the_status_page_are_served_on_loopback() {
     let place = Place::new();
     runtime().block_on(async {
         let mut command = place.command();
@@ -188,10 +198,7 @@ fn metrics_are_served_on_loopback() {
         let log = daemon.log();
         let at =
             log.split("\"metrics\":\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap().to_owned();
-        let mut stream = std::net::TcpStream::connect(&at).unwrap();
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
-        let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
+        let text = asked(&at, "/metrics", "x");
         for line in [
             "speedy_rpc_calls_total{method=\"Prepare\",code=\"OK\"} 1",
             "speedy_rpc_calls_total{method=\"Prepare\",code=\"AlreadyExists\"} 1",
@@ -201,5 +208,14 @@ fn metrics_are_served_on_loopback() {
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }
+        let page = asked(&at, "/", &at);
+        for part in ["200 OK", "content-security-policy: default-src 'none'", "1 active", "</html>"] {
+            assert!(page.contains(part), "{part} is not in\n{page}");
+        }
+        assert!(
+            page.contains("SpeedyContainerdAway"),
+            "there is no containerd, and the page says so:\n{page}"
+        );
+        assert!(asked(&at, "/", "evil.example").contains("403 Forbidden"));
     });
 }

@@ -6,27 +6,17 @@
 # shellcheck shell=bash
 
 bench_image_delay() {
-    local name how round took here endpoint names=("$@")
+    local name how round took here names=("$@")
     ((${#names[@]})) || names=(python big)
-    for name in "${names[@]}"; do step "Make and push $name" push_image "$name"; done
-    step "Start Ceph" start_store
-    endpoint=${AWS_ENDPOINT_URL#http://}
-    start_link -registry "127.0.0.1:0=$REGISTRY" -listen "127.0.0.1:0=$endpoint"
-    quiet_collector
-    start_speedy --store "$SPEEDY_STORE"
-    start_containerd "$CONTAINERD_VERSION"
-    step "Pull and publish on the first node" publish_names "${names[@]}"
-    KEY=$("$SPEEDY" trust --root "$SPEEDY_ROOT" --address "$SPEEDY_ADDRESS" | grep -oE 'ed25519:[A-Za-z0-9+/=_-]+' | head -n 1)
-    on b start_behind_link "$endpoint" "$KEY"
-    daemon_stop containerd
-    daemon_stop speedy
+    publish_behind_link "${names[@]}"
+    on b start_behind_link "$ENDPOINT" "$KEY"
     machine
     say "Link: $MBIT Mbit/s, $DELAY each way."
-    for name in "${names[@]}"; do step "Record a start of $name" record_start "$name" "$endpoint"; done
+    for name in "${names[@]}"; do step "Record a start of $name" record_start "$name" "$ENDPOINT"; done
     for ((round = 1; round <= ROUNDS; round++)); do
         for name in "${names[@]}"; do
             for how in overlayfs eager lazy traced; do
-                on b restart_as "$how" "$endpoint"
+                on b restart_as "$how" "$ENDPOINT"
                 link_post "link?mbit=$MBIT&delay=$DELAY"
                 cold
                 link_post reset

@@ -4,21 +4,10 @@
 # shellcheck shell=bash
 
 bench_second_node() {
-    local name snapshotter round took names=("$@") endpoint key
+    local name snapshotter round took names=("$@")
     ((${#names[@]})) || names=(python big)
-    for name in "${names[@]}"; do step "Make and push $name" push_image "$name"; done
-    step "Start Ceph" start_store
-    endpoint=${AWS_ENDPOINT_URL#http://}
-    start_link -registry "127.0.0.1:0=$REGISTRY" -listen "127.0.0.1:0=$endpoint"
-    quiet_collector
-    start_speedy --store "$SPEEDY_STORE"
-    start_containerd "$CONTAINERD_VERSION"
-    step "Pull and publish on the first node" publish_names "${names[@]}"
-    key=$("$SPEEDY" trust --root "$SPEEDY_ROOT" --address "$SPEEDY_ADDRESS" | grep -oE 'ed25519:[A-Za-z0-9+/=_-]+' | head -n 1)
-    on b start_behind_link "$endpoint" "$key"
-    # The first node has nothing more to do.
-    daemon_stop containerd
-    daemon_stop speedy
+    publish_behind_link "${names[@]}"
+    on b start_behind_link "$ENDPOINT" "$KEY"
     link_post "link?mbit=$MBIT&delay=$DELAY"
     machine
     say "Link: $MBIT Mbit/s, $DELAY each way."

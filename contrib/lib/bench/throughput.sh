@@ -50,7 +50,7 @@ throughput_of() {
     record "$1" "publish, MB/s" "$((plain / took / 1000))"
     record "$1" "stored, MB" "$(($(jq '[.layers[].uploaded_bytes] | add' "$W/peak.out") / 1000000))"
     record "$1" "publisher, MB of memory" "$(cat "$W/peak")"
-    key=$("$SPEEDY" trust --root "$SPEEDY_ROOT" --address "$SPEEDY_ADDRESS" | grep -oE 'ed25519:[A-Za-z0-9+/=_-]+' | head -n 1)
+    key=$(own_key)
     SPEEDY_TRUST_KEYS=$key on b restart_with "$address" --store "$url"
     cold
     before=$(processor_time)

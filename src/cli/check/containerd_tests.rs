@@ -2,7 +2,8 @@ use super::super::Status;
 use super::*;
 
 fn expected(hits: bool) -> Expected<'static> {
-    Expected { root: Path::new("/var/lib/speedy"), address: Path::new("/run/speedy/speedy.sock"), hits }
+    let (root, address) = (Path::new("/var/lib/speedy"), Path::new("/run/speedy/speedy.sock"));
+    Expected { root, address, hits, registry: None }
 }
 
 fn plugin(kind: &str, id: &str) -> Plugin {

@@ -16,6 +16,7 @@
 //! When it fails: a probe that cannot look becomes a skipped finding; the report always comes to its end. A crash in a
 //! trial leaves a directory `.probe-<pid>` or `.check-<pid>` beside the data, which may be deleted.
 
+use std::net::SocketAddr;
 use std::path::Path;
 
 use serde::Serialize;
@@ -26,6 +27,7 @@ use crate::config::{Config, LayerSharing};
 pub mod client;
 pub mod containerd;
 pub mod host;
+mod pool;
 pub mod settings;
 pub mod store;
 
@@ -155,13 +157,15 @@ pub struct Expected<'a> {
     pub address: &'a Path,
     /// Whether a Prepare may be answered from a layer that is already there.
     pub hits: bool,
+    /// Where we answer for registries that are away.
+    pub registry: Option<SocketAddr>,
 }
 
 impl<'a> Expected<'a> {
     /// What follows from our own configuration.
     pub fn from_config(config: &'a Config) -> Expected<'a> {
         let hits = !config.store.is_empty() || config.layers.share == LayerSharing::Node;
-        Expected { root: &config.root, address: &config.address, hits }
+        Expected { root: &config.root, address: &config.address, hits, registry: config.registry }
     }
 
     /// The section that makes containerd know us.

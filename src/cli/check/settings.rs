@@ -25,6 +25,7 @@ use super::{Area, Expected, Finding, NAME};
 use crate::config::toml_to_json;
 
 mod differ;
+mod hosts;
 mod pull;
 
 /// Where containerd looks when it is told nothing.
@@ -299,6 +300,7 @@ fn judge(settings: &Settings, running: Option<&Answer>, expected: &Expected<'_>)
     findings.extend(section(settings, running, expected));
     findings.extend(pull::judge(settings, running));
     findings.extend(differ::judge(settings, expected.address));
+    findings.extend(hosts::judge(settings, expected.registry));
     findings
 }
 

@@ -21,6 +21,11 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// Compares records and storage below `root`.
 pub fn report(root: &Path) -> StoreReport {
+    if let Ok(Some(driver)) = metastore::read_property(root, "driver")
+        && driver == "thin"
+    {
+        return super::pool::report(root);
+    }
     match compare(root) {
         Ok(Some(found)) => describe(&found),
         Ok(None) => StoreReport {
@@ -51,10 +56,7 @@ fn compare(root: &Path) -> Result<Option<Found>, SnapshotError> {
             return Ok(None);
         }
         let driver = Overlay::at(root, OverlayOptions::default());
-        let inventory = Inventory {
-            directories: driver.inventory()?.into_iter().collect(),
-            images: layer::images_below(root)?.into_iter().collect(),
-        };
+        let inventory = Inventory::of(&driver, layer::images_below(root)?)?;
         let Some(recorded) = metastore::read_recorded(root)? else { return Ok(None) };
         let plan = reconcile::plan(&recorded, &inventory);
         let mut kept = recorded.pending.clone();

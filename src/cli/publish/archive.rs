@@ -18,6 +18,7 @@ use tar_core::parse::{Limits, ParseEvent, Parser};
 use super::name;
 use crate::containerd::manifest::{Descriptor, LONGEST_DOCUMENT, Layer, Manifest, Platform};
 use crate::oci::Sha256;
+use crate::sys::extent;
 
 /// More entries than any archive of an image has.
 const MOST_ENTRIES: usize = 100_000;
@@ -155,7 +156,7 @@ fn index(file: &File) -> anyhow::Result<BTreeMap<String, Entry>> {
     let (mut at, mut window) = (0_u64, HEADERS);
     let mut buffer = vec![0; window];
     loop {
-        let length = read_full(file, &mut buffer, at)?;
+        let length = extent::read_up_to(file, &mut buffer, at)?;
         match parser.parse(&buffer[..length])? {
             ParseEvent::NeedData { min_bytes } => {
                 ensure!(length == window, "the archive ends in the middle of an entry");
@@ -182,17 +183,6 @@ fn index(file: &File) -> anyhow::Result<BTreeMap<String, Entry>> {
             }
         }
     }
-}
-
-fn read_full(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
-    let mut length = 0;
-    while length < buffer.len() {
-        match file.read_at(&mut buffer[length..], at.saturating_add(length as u64))? {
-            0 => break,
-            read => length += read,
-        }
-    }
-    Ok(length)
 }
 
 /// `./a//b/../c` as `a/c`; what leads out of the archive stays at its top.

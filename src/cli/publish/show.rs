@@ -8,16 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, HumanDuration};
 use serde_json::{Value, json};
 
 use super::source::Image;
+use crate::cli::long::Display;
 use crate::containerd::manifest::Layer;
 use crate::content::publish::{Progress, Published};
-use crate::sys::terminal;
-
-/// On fewer columns there is no bar, and no bytes are shown.
-const WIDE: u16 = 72;
 
 /// What became of a layer.
 #[derive(Debug)]
@@ -32,8 +29,8 @@ pub(super) enum Outcome {
 /// The progress of one publish.
 #[derive(Debug)]
 pub(super) struct Meter {
-    bar: Option<ProgressBar>,
-    wide: bool,
+    line: Display,
+    /// Whether there is a line for each layer instead.
     lines: bool,
     /// Bytes of each layer's blob, and how far it is built and published. A blob's bytes count half for each of the two.
     layers: Vec<(u64, [AtomicU64; 2])>,
@@ -46,21 +43,9 @@ impl Meter {
         let layers =
             image.layers.iter().map(|layer| (layer.blob.size, Default::default())).collect::<Vec<_>>();
         let total = layers.iter().map(|(size, _)| size / 2 * 2).sum();
-        let terminal = std::io::stderr().is_terminal();
-        let wide = terminal::columns().is_none_or(|columns| columns >= WIDE);
-        let bar = (terminal && !json).then(|| {
-            let bar = ProgressBar::new(total);
-            // The message is cut where the line ends: a line that goes on below would not be drawn over.
-            let style = ProgressStyle::with_template(match wide {
-                true => "{bar:12} {percent:>3} %  {wide_msg}",
-                false => "{percent:>3} %  {wide_msg}",
-            });
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar.enable_steady_tick(Duration::from_millis(200));
-            bar
-        });
-        let (lines, uploaded) = (!terminal && !json, AtomicU64::new(0));
-        let meter = Meter { bar, wide, lines, layers, uploaded, start: Instant::now() };
+        let lines = !json && !std::io::stderr().is_terminal();
+        let (line, uploaded) = (Display::bar(json, total), AtomicU64::new(0));
+        let meter = Meter { line, lines, layers, uploaded, start: Instant::now() };
         meter.draw();
         meter
     }
@@ -99,9 +84,7 @@ impl Meter {
 
     /// The bar goes away.
     fn end(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
+        self.line.finish_and_clear();
     }
 
     fn set(&self, position: usize, phase: usize, bytes: u64) {
@@ -110,8 +93,10 @@ impl Meter {
     }
 
     fn draw(&self) {
-        let Some(bar) = &self.bar else { return };
-        bar.set_position(
+        if self.line.is_hidden() {
+            return;
+        }
+        self.line.set_position(
             self.layers.iter().flat_map(|(_, parts)| parts).map(|p| p.load(Ordering::Relaxed)).sum(),
         );
         let uploaded = self.uploaded.load(Ordering::Relaxed);
@@ -120,11 +105,11 @@ impl Meter {
         let complete = |(size, parts): &&(u64, [AtomicU64; 2])| parts[1].load(Ordering::Relaxed) >= size / 2;
         let layers = format!("{}/{} layers", self.layers.iter().filter(complete).count(), self.layers.len());
         // Zero is: not known.
-        let eta = match bar.eta() {
+        let eta = match self.line.eta() {
             Duration::ZERO => String::new(),
             eta => format!(", ETA {:#}", HumanDuration(eta.max(Duration::from_secs(1)))),
         };
-        bar.set_message(match self.wide {
+        self.line.set_message(match self.line.wide {
             true => format!("{layers}, {} uploaded, {}/s{eta}", HumanBytes(uploaded), HumanBytes(rate)),
             false => format!("{layers}{eta}"),
         });

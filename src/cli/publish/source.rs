@@ -10,9 +10,10 @@ use super::archive::{self, Archive};
 use super::layout::Layout;
 use super::name;
 use crate::containerd::manifest::{
-    Descriptor, Document, LONGEST_DOCUMENT, Layer, Manifest, Platform, read_document,
+    Descriptor, Document as Parsed, LONGEST_DOCUMENT, Layer, Manifest, Platform, read_document,
 };
 use crate::containerd::{Containerd, ContainerdError};
+use crate::content::document::Document;
 use crate::oci::Digest;
 
 /// How deep indexes may lie in indexes.
@@ -23,13 +24,17 @@ const OTHER_NAMESPACES: [&str; 3] = ["k8s.io", "default", "moby"];
 const LEASE: Duration = Duration::from_secs(60 * 60);
 
 /// An image that is to be published.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Image {
     /// Its full reference.
     pub(super) reference: String,
     pub(super) platform: Platform,
+    /// What its name points at.
+    pub(super) target: Descriptor,
     /// Its manifest; its configuration, without a media type, where there is no manifest.
     pub(super) manifest: Descriptor,
+    /// From the target down to the configuration; none where there is no manifest, because no registry would have them.
+    pub(super) documents: Vec<Document>,
     /// From the bottom up.
     pub(super) layers: Vec<Layer>,
 }
@@ -75,7 +80,9 @@ impl Source {
             let described = Image {
                 reference: name::full(wanted),
                 platform: found.platform.clone(),
+                target: found.config.clone(),
                 manifest: found.config.clone(),
+                documents: Vec::new(),
                 layers: found.layers.clone(),
             };
             *image = Some(found);
@@ -85,10 +92,11 @@ impl Source {
         if let Source::Containerd { client, lease, .. } = self {
             client.create_lease(lease, LEASE).await?;
         }
-        let (document, manifest) =
-            self.manifest(target, platform).await.with_context(|| reference.clone())?;
-        let config = self.document(&document.config.digest).await?;
-        let (layers, platform) = document.layers(&config)?;
+        let found = self.manifest(target.clone(), platform).await.with_context(|| reference.clone())?;
+        let (parsed, manifest, mut documents) = found;
+        let config = self.document(&parsed.config.digest).await?;
+        let (layers, platform) = parsed.layers(&config)?;
+        documents.push(Document::of(config.into()));
         if let Source::Containerd { client, lease, .. } = self {
             for layer in &layers {
                 if client.blob(&layer.blob.digest).await?.is_some() {
@@ -96,7 +104,7 @@ impl Source {
                 }
             }
         }
-        Ok(Image { reference, platform, manifest, layers })
+        Ok(Image { reference, platform, target, manifest, documents, layers })
     }
 
     /// The bytes of a layer's blob, to be read on a thread that may block.
@@ -108,7 +116,7 @@ impl Source {
                     Ok(blob) => Ok(Box::new(blob)),
                     Err(error @ ContainerdError::NoBlob { .. }) => Err(error).context(format!(
                         "containerd has unpacked the image but not kept this layer (discard_unpacked_layers), or never fetched \
-                         it; fetch it with `ctr --namespace {} content fetch {}`",
+                         it; bring its blobs with `speedy fetch --namespace {} {}`",
                         client.namespace(),
                         image.reference
                     )),
@@ -134,12 +142,8 @@ impl Source {
     async fn target(&self, wanted: &str) -> anyhow::Result<(String, Descriptor)> {
         match self {
             Source::Containerd { client, .. } => {
-                for name in [wanted.to_owned(), name::full(wanted)] {
-                    if let Some(image) = client.image(&name).await? {
-                        return Ok((image.name, image.target));
-                    }
-                }
-                bail!("{}", not_found(client, wanted).await?)
+                let image = find_image(client, wanted).await?;
+                Ok((image.name, image.target))
             }
             Source::Layout { layout, tag } => {
                 let reference = name::full(wanted);
@@ -154,13 +158,15 @@ impl Source {
         &self,
         target: Descriptor,
         platform: &Platform,
-    ) -> anyhow::Result<(Manifest, Descriptor)> {
-        let mut target = target;
+    ) -> anyhow::Result<(Manifest, Descriptor, Vec<Document>)> {
+        let (mut target, mut documents) = (target, Vec::new());
         for _ in 0..DEPTH {
             let bytes = self.document(&target.digest).await?;
-            match read_document(&bytes, &target.digest, platform)? {
-                Document::Manifest(manifest) => return Ok((manifest, target)),
-                Document::Index(next) => target = next,
+            let parsed = read_document(&bytes, &target.digest, platform)?;
+            documents.push(Document::of(bytes.into()));
+            match parsed {
+                Parsed::Manifest(manifest) => return Ok((manifest, target, documents)),
+                Parsed::Index(next) => target = next,
             }
         }
         bail!("indexes lie in indexes deeper than {DEPTH}")
@@ -176,6 +182,19 @@ impl Source {
             Source::Archive { .. } => bail!("an archive has no blobs by digest"),
         }
     }
+}
+
+/// The image that containerd knows by this name, short or full; an error that says what may have been meant.
+pub(in crate::cli) async fn find_image(
+    client: &Containerd,
+    wanted: &str,
+) -> anyhow::Result<crate::containerd::image::Image> {
+    for name in [wanted.to_owned(), name::full(wanted)] {
+        if let Some(image) = client.image(&name).await? {
+            return Ok(image);
+        }
+    }
+    bail!("{}", not_found(client, wanted).await?)
 }
 
 /// What to tell somebody whose image is not there.

@@ -155,7 +155,7 @@ fn a_layout_is_published_once() {
             let seen = found(&objects, &layer.chain).await;
             assert_eq!(seen.index.facts().diff_id, layer.diff_id);
             let chunks = seen.index.chunks().map(|(_, chunk)| chunk);
-            assert_eq!(store(&objects).missing(chunks, Duration::MAX).await.unwrap(), []);
+            assert_eq!(store(&objects).missing(chunks).await.unwrap(), []);
         }
         let images = store(&objects).images(10).await.unwrap().images;
         assert_eq!(images[0].image.reference, image.reference);

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::show::{Meter, Outcome};
 use super::source::{Image, Source};
+use crate::containerd::manifest::Resolved;
 use crate::content::below::{Lower, Stack, unnamed_file};
 use crate::content::name::ImageName;
 use crate::content::publish::PublishRequest;
@@ -137,9 +138,12 @@ impl Work {
     }
 
     async fn publish_name(&self) -> anyhow::Result<()> {
-        let Image { reference, platform, manifest, layers } = &self.image;
-        let name = ImageName::of(reference, platform, manifest, layers);
-        self.store.publish_name(&name).await.context("every layer is published, but not the image's name")
+        let Image { reference, platform, target, manifest, documents, layers } = self.image.clone();
+        let digests = documents.iter().map(|document| document.digest().clone()).collect();
+        let resolved = Resolved { platform, target, manifest, documents: digests, layers };
+        let name = ImageName::of(&reference, &resolved);
+        let published = self.store.publish_name(&name, &documents).await;
+        published.context("every layer is published, but not the image's name")
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures::{FutureExt, future};
+use tokio::time::Instant;
 
 use super::Cold;
 use crate::chunk::ChunkId;
@@ -20,17 +21,17 @@ const VERIFIERS: usize = 2;
 impl Cold {
     /// Whether the disk itself has the right bytes of all chunks; to be asked after the file was synced.
     pub async fn verify(&self) -> Result<(), LayerError> {
-        let next = AtomicUsize::new(0);
-        future::try_join_all((0..VERIFIERS).map(|_| self.verify_runs(&next).boxed())).await.map(drop)
+        let (next, began) = (AtomicUsize::new(0), Instant::now());
+        future::try_join_all((0..VERIFIERS).map(|_| self.verify_runs(&next, began).boxed())).await.map(drop)
     }
 
     /// Looks at runs of chunks until none is left; where the next one begins is shared by those who do this at once.
-    async fn verify_runs(&self, next: &AtomicUsize) -> Result<(), LayerError> {
+    async fn verify_runs(&self, next: &AtomicUsize, began: Instant) -> Result<(), LayerError> {
         let io = |error| LayerError::at(&self.path, error);
         let mut disk = Direct::open(&self.file, RUN).map_err(io)?;
         let run_from = |first| (first < self.index.chunks().len()).then(|| self.run(first).end);
         while let Ok(first) = next.fetch_update(Ordering::AcqRel, Ordering::Acquire, run_from) {
-            let _turn = self.gate.turn(self.serial).await;
+            let _turn = self.gate.rest(self.serial, began).await;
             let (index, run) = (Arc::clone(&self.index), self.run(first));
             let bad = blocking(move || {
                 let bad = first_bad(&mut disk, &index, run)?;

@@ -23,9 +23,7 @@ use crate::snapshot::metastore::{LayerRecord, Origin, Progress};
 use crate::snapshot::stock::blocking;
 use crate::sys::loopdev;
 
-/// How long the store is asked whether it has the chunks.
-const CHECK: Duration = Duration::from_millis(100);
-/// How long it has to give one.
+/// How long the store has to say that it has chunks and to give one.
 const PROOF: Duration = Duration::from_secs(5);
 /// The kernel lets go of a file a moment after whoever had it open is done with it.
 const LET_GO: (u32, Duration) = (20, Duration::from_millis(10));
@@ -249,14 +247,14 @@ impl Layers {
 async fn is_given(cold: &ColdLayers, index: &LayerIndex) -> Result<bool, ContentError> {
     let content = &cold.supply().content;
     let wanted = index.data_chunks().map(|(_, chunk)| chunk);
-    if !content.missing(wanted.clone(), CHECK).await?.is_empty() {
-        return Ok(false);
-    }
-    match wanted.last() {
-        Some(chunk) => match tokio::time::timeout(PROOF, content.chunk(chunk)).await {
-            Ok(got) => got.map(|_| true),
-            Err(_) => Err(ContentError::TooLate),
-        },
-        None => Ok(true),
-    }
+    let given = async {
+        if !content.sample(wanted.clone()).await?.is_empty() {
+            return Ok(false);
+        }
+        if let Some(chunk) = wanted.last() {
+            content.chunk(chunk).await?;
+        }
+        Ok(true)
+    };
+    tokio::time::timeout(PROOF, given).await.unwrap_or(Err(ContentError::TooLate))
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::{BROKEN, Fill, FillError, How, Layers, MOST_BROKEN, State};
 use crate::content::index::{IndexDigest, LayerIndex};
@@ -21,6 +22,13 @@ const ATTEMPTS: u32 = 3;
 /// How long a fill waits before it is tried again; doubled each time.
 const PAUSE: Duration = Duration::from_millis(500);
 
+impl Fill {
+    /// Its layer image is gone: no failure, but whoever waits for it is told.
+    fn removed(&self) {
+        self.state.send_replace(State::Failed("the layer image was removed".into()));
+    }
+}
+
 impl Layers {
     /// Begins to fill, unless that is going on.
     pub(in crate::snapshot) fn fill(self: &Arc<Self>, serial: u64) -> Arc<Fill> {
@@ -30,10 +38,17 @@ impl Layers {
         {
             return Arc::clone(fill);
         }
-        let fill = Arc::new(Fill { state: watch::Sender::new(State::Running) });
+        let fill =
+            Arc::new(Fill { state: watch::Sender::new(State::Running), gone: CancellationToken::new() });
         fills.insert(serial, Arc::clone(&fill));
         let (this, mine) = (Arc::clone(self), Arc::clone(&fill));
-        self.work.spawn(&Handle::current(), async move { this.run_fill(serial, &mine).await });
+        let run = async move {
+            tokio::select! {
+                () = this.run_fill(serial, &mine) => {}
+                () = mine.gone.cancelled() => mine.removed(),
+            }
+        };
+        self.work.spawn(&Handle::current(), run);
         fill
     }
 
@@ -54,7 +69,8 @@ impl Layers {
                     fill.state.send_replace(State::Forbidden(text.into()));
                     return;
                 }
-                Err(error) if attempt == ATTEMPTS || self.meta.layer(serial).is_none() => {
+                Err(_) if self.meta.layer(serial).is_none() => return fill.removed(),
+                Err(error) if attempt == ATTEMPTS => {
                     let text = error.problem();
                     self.filled.failed.fetch_add(1, Ordering::Relaxed);
                     tracing::error!(serial, error = text, "a layer cannot be fetched from the store");

@@ -208,6 +208,7 @@ impl Layers {
         let attached = self.attached.lock();
         let mut coldest: Vec<_> = (self.meta.layers().into_iter())
             .filter(|layer| layer.progress == Progress::Complete && self.can_be_fetched_again(layer))
+            .filter(|layer| !self.is_kept(layer.id.serial))
             .filter(|layer| !refused.contains_key(&layer.id.serial))
             // Mounted from its file.
             .filter(|layer| seen.contains_key(&layer.id.serial) || !attached.contains_key(&layer.id.serial))

@@ -77,6 +77,8 @@ pub(super) enum Change {
     Discarded(Id),
     /// The storage is freed; the Id is gone.
     Gone(Id),
+    /// Somebody else has this Id's slot.
+    Held(Id),
     /// This is the record of a layer image now.
     Layer(Arc<LayerRecord>),
     /// No such layer image any more; its storage is to be freed.
@@ -95,6 +97,7 @@ pub(super) struct Index {
     unmeasured: BTreeSet<Key>,
     pending: BTreeSet<Id>,
     removing: BTreeSet<Id>,
+    held: BTreeSet<Id>,
     slots: BTreeSet<u32>,
     layers: BTreeMap<u64, Arc<LayerRecord>>,
     queue: BTreeMap<ChainId, PublishEntry>,
@@ -201,6 +204,18 @@ impl Index {
         self.removing.iter().copied().collect()
     }
 
+    /// Every Id there is, but for those that are somebody else's.
+    pub(super) fn ids(&self) -> Vec<Id> {
+        let snapshots = self.snapshots.values().map(|record| record.id);
+        let layers = self.layers.values().map(|layer| layer.id);
+        snapshots.chain(layers).chain(self.pending()).chain(self.removing()).collect()
+    }
+
+    /// The snapshots whose content is written into storage of their own.
+    pub(super) fn volumes(&self) -> Vec<&Arc<Record>> {
+        self.snapshots.values().filter(|record| record.info.kind != Kind::View).collect()
+    }
+
     pub(super) fn counts(&self) -> Counts {
         let mut counts =
             Counts { pending: self.pending.len(), removing: self.removing.len(), ..Counts::default() };
@@ -234,6 +249,10 @@ impl Index {
                 self.slots.insert(id.slot);
                 self.pending.insert(id);
             }
+            Change::Held(id) => {
+                self.slots.insert(id.slot);
+                self.held.insert(id);
+            }
             Change::Discarded(id) => {
                 self.slots.insert(id.slot);
                 self.pending.remove(&id);
@@ -241,6 +260,7 @@ impl Index {
             }
             Change::Gone(id) => {
                 self.slots.remove(&id.slot);
+                self.held.remove(&id);
                 self.pending.remove(&id);
                 self.removing.remove(&id);
             }

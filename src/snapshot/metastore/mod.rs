@@ -26,17 +26,19 @@ use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Key, Kind, LabelUpdate, Labels, SnapshotError, Timestamp, Usage, schema};
-use crate::driver::Id;
+use crate::driver::{Id, Known};
 use crate::sys::reserve::Reserve;
 
 mod index;
 mod layer_tables;
 mod layers;
+mod root;
 mod tables;
 
 use index::{Change, Index, Slots};
 pub use index::{Counts, Own, Record, Stack};
 pub use layers::{LayerChoice, LayerRecord, NewLayer, Origin, Progress, PublishEntry};
+pub use root::read_property;
 
 /// The directory below the root that holds room for freeing room.
 pub const RESERVE: &str = "reserve";
@@ -541,6 +543,10 @@ pub struct Recorded {
     pub layers: Vec<(u64, Progress)>,
     /// The largest serial ever given.
     pub last_serial: u64,
+    /// Every Id that is recorded, in whatever state.
+    pub ids: Vec<Id>,
+    /// The snapshots that have a volume of their own where snapshots are volumes: all but views.
+    pub volumes: Vec<(Id, Key)>,
 }
 
 impl Recorded {
@@ -552,7 +558,19 @@ impl Recorded {
             removing: serials(index.removing()),
             layers: index.layers().iter().map(|layer| (layer.id.serial, layer.progress)).collect(),
             last_serial,
+            ids: index.ids(),
+            volumes: index
+                .volumes()
+                .into_iter()
+                .map(|record| (record.id, record.info.name.clone()))
+                .collect(),
         }
+    }
+
+    /// What a driver is told of it.
+    pub fn known(&self) -> Known {
+        let newest = self.ready.iter().map(|(serial, _)| *serial).max().unwrap_or(0);
+        Known { ids: self.ids.clone(), newest, last_serial: self.last_serial }
     }
 }
 

@@ -22,6 +22,11 @@ const RECORD: &str =
     "SELECT s.serial, t.slot, s.key, p.key, s.kind, s.created, s.updated, s.labels, s.ref, s.bytes, s.inodes,
     s.layer, s.own FROM snapshot s JOIN storage t ON t.serial = s.serial LEFT JOIN snapshot p ON p.serial = s.parent";
 
+/// What is Ready and nothing of ours: a slot that somebody else has.
+const HELD: &str = "SELECT serial, slot, state FROM storage t WHERE state = ?1
+    AND NOT EXISTS (SELECT 1 FROM snapshot s WHERE s.serial = t.serial)
+    AND NOT EXISTS (SELECT 1 FROM layer l WHERE l.serial = t.serial)";
+
 /// Everything that is recorded, as changes to an empty index.
 pub(super) fn load(db: &Connection) -> Result<Vec<Change>, MetaError> {
     let mut changes = Vec::new();
@@ -36,6 +41,11 @@ pub(super) fn load(db: &Connection) -> Result<Vec<Change>, MetaError> {
     let old = schema::version(db)? < 2;
     if !old {
         changes.extend(layer_tables::load(db)?);
+        let mut held = db.prepare(HELD)?;
+        let mut rows = held.query([READY])?;
+        while let Some(row) = rows.next()? {
+            changes.push(Change::Held(id_of(row)?));
+        }
     }
     let record = if old { RECORD.replace("s.layer, s.own", "NULL, 1") } else { RECORD.to_owned() };
     let mut snapshots = db.prepare(&record)?;
@@ -63,6 +73,37 @@ pub(super) fn claim(db: &Connection, serials: &[u64], slots: &[u32]) -> Result<D
         changes.push(Change::Pending(Id { serial: *serial, slot: *slot }));
     }
     Ok(Done { answer: (), changes })
+}
+
+/// Records that exactly these slots are somebody else's.
+pub(super) fn hold(db: &Connection, slots: &[u32]) -> Result<Done<()>, OpError> {
+    let mut held = db.prepare_cached(HELD)?;
+    let before: Vec<Id> = held.query_map([READY], id_of)?.collect::<rusqlite::Result<_>>()?;
+    let mut changes = Vec::new();
+    for id in before.iter().filter(|id| !slots.contains(&id.slot)) {
+        db.prepare_cached("DELETE FROM storage WHERE serial = ?1")?.execute([signed(id.serial)])?;
+        changes.push(Change::Gone(*id));
+    }
+    let mut insert = db.prepare_cached("INSERT INTO storage (slot, state) VALUES (?1, ?2)")?;
+    for slot in slots.iter().filter(|slot| !before.iter().any(|id| id.slot == **slot)) {
+        let serial = unsigned(insert.insert(params![slot, READY])?);
+        changes.push(Change::Held(Id { serial, slot: *slot }));
+    }
+    Ok(Done { answer: (), changes })
+}
+
+/// The value of a property, which is recorded now if it was not.
+pub(super) fn property(db: &Connection, name: &str, first: &str) -> Result<Done<String>, OpError> {
+    if let Some(answer) = find_property(db, name)? {
+        return Ok(Done { answer, changes: Vec::new() });
+    }
+    db.execute("INSERT INTO property (name, value) VALUES (?1, ?2)", [name, first])?;
+    Ok(Done { answer: first.to_owned(), changes: Vec::new() })
+}
+
+/// The value of a property, if it has one.
+pub(super) fn find_property(db: &Connection, name: &str) -> Result<Option<String>, rusqlite::Error> {
+    db.query_row("SELECT value FROM property WHERE name = ?1", [name], |row| row.get(0)).optional()
 }
 
 /// Records one Pending Id for each slot.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{STAGED_SINCE, Snapshotter};
 use crate::content::memory::{Layer, MemoryError};
-use crate::driver::{Access, Id, Mount};
+use crate::driver::{Access, Creation, Id, Mount};
 use crate::oci::ChainId;
 use crate::snapshot::hit::HitError;
 use crate::snapshot::metastore::{Adopted, LayerChoice, NewSnapshot, Record};
@@ -68,6 +68,9 @@ impl Snapshotter {
             },
         };
         let record = hits.adopted(hit, adopted).await?;
+        if let Some(pins) = &self.remote.pins {
+            pins.found(&request.chain, labels, &record);
+        }
         if let Some(traces) = &self.remote.traces {
             traces.found(&record.info.name);
         }
@@ -108,6 +111,9 @@ impl Snapshotter {
             Err(error) => Err(error),
         };
         let record = hits.adopted(hit, created).await?;
+        if let Some(pins) = &self.remote.pins {
+            pins.found(chain, labels, &record);
+        }
         let Some((record, stack)) = self.meta.get_with_stack(&record.info.name) else { return Ok(None) };
         Ok(Some(self.mounts_with(Access::ReadOnly, &record, &stack)?))
     }
@@ -147,7 +153,7 @@ impl Snapshotter {
     }
 
     async fn fill_layer(&self, id: Id, layer: Layer, parent: Option<&Key>) -> Result<(), SnapshotError> {
-        self.make_storage(id, parent, None).await?;
+        self.make_storage(Creation::active(id, None), parent).await?;
         let driver = Arc::clone(&self.driver);
         blocking(move || driver.fill(id, &mut |dir| layer.write_to(dir))).await
     }

@@ -25,6 +25,10 @@ impl Snapshotter {
             let mut measured = Vec::new();
             while let Some(record) = self.meta.unmeasured(&skip) {
                 skip.insert(record.id);
+                let (driver, id) = (Arc::clone(&self.driver), record.id);
+                if let Err(error) = blocking(move || driver.seal(id)).await {
+                    tracing::warn!(key = %record.info.name, %error, "a committed snapshot stays active");
+                }
                 let usage = tokio::select! {
                     () = stop.cancelled() => return,
                     usage = self.measure(&record) => usage,

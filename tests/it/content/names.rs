@@ -9,6 +9,7 @@ use serde_json::json;
 use speedy::containerd::blob::Blobs;
 use speedy::containerd::manifest::Platform;
 use speedy::content::ContentStore;
+use speedy::content::document::Document;
 use speedy::content::trust::{PublisherKey, Trust};
 use speedy::image::Limits;
 use speedy::layer::LayerStore;
@@ -201,6 +202,12 @@ fn an_image_is_named_after_its_last_layer_and_once() {
         node.settle().await;
         assert_eq!(node.names().await, [named(REFERENCE)]);
         assert_eq!(node.publisher.counts().names, 1);
+        let found = node.content.find_name(REFERENCE, &Platform::host().to_string()).await.unwrap().unwrap();
+        assert_eq!((&found.image.target, found.image.documents.len()), (&target, 3));
+        for digest in &found.image.documents {
+            let kept = node.content.document(digest).await.unwrap().unwrap();
+            assert_eq!(*Document::of(kept).digest(), *digest);
+        }
         node.stop().await;
 
         // The next daemon finds it named.

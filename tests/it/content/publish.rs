@@ -35,10 +35,7 @@ fn what_is_published_is_found_and_the_same() {
             assert_eq!(seen.digest, published.index);
             assert_eq!(seen.index.facts(), &image.facts);
             assert_eq!(seen.index.plain_bytes(), published.bytes);
-            assert_eq!(
-                store.missing(seen.index.chunks().map(|(_, chunk)| chunk), Duration::MAX).await.unwrap(),
-                []
-            );
+            assert_eq!(store.missing(seen.index.chunks().map(|(_, chunk)| chunk)).await.unwrap(), []);
             assert!(fetch(&store, &seen).await == image.bytes, "seed {seed}");
         }
         // 1 MiB of the largest is a hole.
@@ -303,7 +300,7 @@ fn what_the_store_lacks_is_named() {
         let (gone, damaged) = (chunks[3], chunks[4]);
         objects.delete(&layout::chunk(gone.id.as_bytes())).await.unwrap();
         let twice = chunks.iter().chain(&chunks).copied();
-        assert_eq!(store.missing(twice, Duration::MAX).await.unwrap(), [gone]);
+        assert_eq!(store.missing(twice).await.unwrap(), [gone]);
         let error = store.chunk(gone).await.unwrap_err();
         assert!(matches!(error, ContentError::Chunk(ChunkError::Missing { id }) if id == gone.id), "{error}");
         objects.put(&layout::chunk(damaged.id.as_bytes()), Bytes::from_static(b"damaged")).await.unwrap();
@@ -311,6 +308,6 @@ fn what_the_store_lacks_is_named() {
         assert!(matches!(error, ContentError::Chunk(ChunkError::Corrupt { .. })), "{error}");
         // Publishing again brings back what is gone.
         assert_eq!(image.publish(&store, &[chain("a")]).await.unwrap().new_chunks, 1);
-        assert_eq!(store.missing(chunks, Duration::MAX).await.unwrap(), []);
+        assert_eq!(store.missing(chunks).await.unwrap(), []);
     });
 }

@@ -82,7 +82,7 @@ impl ChunkSink for Counted {
         self.most_in_flight.fetch_max(now, Ordering::SeqCst);
         let number = self.puts.fetch_add(1, Ordering::SeqCst);
         // Others get their turn, so that puts overlap and a publish can be dropped between them.
-        tokio::task::yield_now().await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
         let put = match number == self.fails_at.load(Ordering::SeqCst) {
             true => Err(ObjectError::Unreachable("it was told to fail".into())),
             false => self.objects.put(&layout::chunk(id.as_bytes()), plain).await,

@@ -1,8 +1,9 @@
 //! Whose word about a layer is taken.
 
 use bytes::Bytes;
+use speedy::content::document::Document;
 use speedy::content::index::IndexDigest;
-use speedy::content::name::ImageName;
+use speedy::content::name::{ImageName, NameError};
 use speedy::content::reference::{self, RefError};
 use speedy::content::trust::Trust;
 use speedy::content::{ContentError, Lookup, Word};
@@ -163,19 +164,29 @@ fn c2_a_name_is_written_only_when_all_layers_are_there() {
         let name = ImageName {
             reference: "registry.example/app:1".into(),
             platform: "linux/amd64".into(),
+            target_media_type: String::new(),
+            target: digest("manifest"),
             media_type: String::new(),
             manifest: digest("manifest"),
+            documents: vec![digest("manifest"), digest("config")],
             chains: vec![chain("a"), chain("b")],
         };
         image.publish(&store, &[chain("a")]).await.unwrap();
-        let error = store.publish_name(&name).await.unwrap_err();
+        let documents = ["manifest", "config"].map(|text| Document::of(Bytes::from_static(text.as_bytes())));
+        let others = store.publish_name(&name, &documents[..1]).await.unwrap_err();
+        assert!(matches!(others, ContentError::Name(NameError::OtherDocuments)), "{others}");
+        let error = store.publish_name(&name, &documents).await.unwrap_err();
         assert!(
             matches!(&error, ContentError::LayerMissing { chain: lacking } if *lacking == chain("b")),
             "{error}"
         );
         assert_eq!(store.images(100).await.unwrap().images, []);
+        assert_eq!(store.document(&digest("config")).await.unwrap(), None);
         image.publish(&store, &[chain("b")]).await.unwrap();
-        store.publish_name(&name).await.unwrap();
+        store.publish_name(&name, &documents).await.unwrap();
+        for text in ["manifest", "config"] {
+            assert_eq!(store.document(&digest(text)).await.unwrap().unwrap(), text.as_bytes());
+        }
         let listed = store.images(100).await.unwrap();
         assert_eq!((listed.images.len(), listed.passed_over), (1, 0));
         assert_eq!(listed.images[0].image, name);

@@ -29,6 +29,7 @@ fn expected() -> Expected<'static> {
         root: Path::new("/var/lib/speedy"),
         address: Path::new("/run/speedy/speedy.sock"),
         hits: false,
+        registry: None,
     }
 }
 

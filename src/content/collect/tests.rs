@@ -1,0 +1,4 @@
+//! A fleet to try things on, and what a collection refuses. `cli::fsck::tests::month` is what the fleet does for a month.
+
+pub(crate) mod catalogue;
+mod refusals;
