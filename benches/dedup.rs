@@ -190,16 +190,19 @@ fn ways() -> Vec<(&'static str, Cut<'static>)> {
     vec![
         ("fixed 4 KiB", fixed(BLOCK)),
         ("fixed 256 KiB", fixed(256 << 10)),
-        ("ours, 64 K / 256 K / 1 M", ours(CUTTING)),
+        ("ours, 128 K / 512 K / 1 M", ours(CUTTING)),
+        ("ours, 128 K / 512 K / 2 M", ours(sized(128, 512, 2048))),
+        ("ours, 64 K / 256 K / 1 M", ours(sized(64, 256, 1024))),
+        ("ours, 256 K / 1 M / 4 M", ours(sized(256, 1024, 4096))),
         ("ours, 32 K / 128 K / 512 K", ours(sized(32, 128, 512))),
         ("ours, 16 K / 64 K / 256 K", ours(sized(16, 64, 256))),
         ("FastCDC by bytes, 64 K / 256 K / 1 M", fast_cdc(64 << 10, 256 << 10, 1 << 20)),
         ("FastCDC by bytes, 32 K / 128 K / 512 K", fast_cdc(32 << 10, 128 << 10, 512 << 10)),
         ("FastCDC by bytes, 16 K / 64 K / 256 K", fast_cdc(16 << 10, 64 << 10, 256 << 10)),
-        ("blocks alike, 64 K / 256 K / 1 M", by_rule(CUTTING, |_, _, hash| one_in(hash, 48))),
+        ("blocks alike, 64 K / 256 K / 1 M", by_rule(sized(64, 256, 1024), |_, _, hash| one_in(hash, 48))),
         (
             "blocks alike, two thresholds, 64 K / 256 K / 1 M",
-            by_rule(CUTTING, |blocks, _, hash| one_in(hash, if blocks < 64 { 256 } else { 16 })),
+            by_rule(sized(64, 256, 1024), |blocks, _, hash| one_in(hash, if blocks < 64 { 256 } else { 16 })),
         ),
     ]
 }

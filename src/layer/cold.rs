@@ -46,7 +46,7 @@ mod verify;
 
 use ahead::Ahead;
 
-/// How many chunks of one layer are on their way at once: 32 of a quarter MiB keep a link of 1 Gbit/s and 20 ms busy.
+/// How many chunks of one layer are on their way at once: 32 of half a MiB keep a link of 1 Gbit/s and 40 ms busy.
 const AT_ONCE: usize = 32;
 /// After how many bytes the disk is given something to do: it would stand still until the end else.
 const WRITEBACK: u64 = 16 << 20;

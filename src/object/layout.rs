@@ -47,7 +47,7 @@ pub struct Cutting {
 
 /// How every layer of a store of [`FORMAT`] is cut.
 pub const CUTTING: Cutting =
-    Cutting { block: 4096, min: 64 << 10, average: 256 << 10, max: 1 << 20, hole: 64 << 10 };
+    Cutting { block: 4096, min: 128 << 10, average: 512 << 10, max: 1 << 20, hole: 64 << 10 };
 
 /// What `speedy.json` says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -250,8 +250,8 @@ mod tests {
   "format": 1,
   "cutting": {
     "block": 4096,
-    "min": 65536,
-    "average": 262144,
+    "min": 131072,
+    "average": 524288,
     "max": 1048576,
     "hole": 65536
   },

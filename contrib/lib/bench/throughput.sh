@@ -76,6 +76,9 @@ processor_time() { awk '$1 == "cpu" { all = 0; for (n = 2; n <= 9; n++) all += $
 # busy_since WHAT-PROCESSOR_TIME-SAID: percent of all processors.
 busy_since() { awk -v before="$1" '{ split(before, b); printf "%d", 100 * ($1 - b[1]) / ($2 - b[2]) }' <<<"$(processor_time)"; }
 
+# spent_since WHAT-PROCESSOR_TIME-SAID: seconds of all processors together.
+spent_since() { awk -v before="$1" -v tick="$(getconf CLK_TCK)" '{ split(before, b); print ($1 - b[1]) / tick }' <<<"$(processor_time)"; }
+
 clear_store() { timed python3 "$REPO/contrib/lib/s3.py" rm-all "$1/" >/dev/null; }
 
 all_fetched() {
@@ -106,35 +109,36 @@ restart_with() {
 
 # What bounds them: each for one core or for the whole device, of plain bytes where not said otherwise.
 limits() {
-    local sample="$W/sample" ratio
+    local sample="$W/sample" ratio decompress hash
     # A part of the largest layer, as it is in the layer image.
     make_image "$1"
     (gzip -dc "$(find "$LAYOUT/blobs" -type f -printf '%s %p\n' | sort -rn | head -n 1 | cut -d' ' -f2)" 2>/dev/null || true) | head -c 268435456 >"$sample"
     local level
     for level in 3 6; do
-        read -r ratio < <(zstd -b$level -e$level -i2 -B256KB --single-thread -q "$sample" 2>&1 | tail -n 1 | tr -s ' ')
-        record "zstd -$level in 256 KiB pieces, one core" "MB/s" "$(grep -oE '[0-9.]+ MB/s' <<<"$ratio" | sed -n '1s/ .*//p')"
-        record "zstd -$level decompressed, one core" "MB/s" "$(grep -oE '[0-9.]+ MB/s' <<<"$ratio" | sed -n '2s/ .*//p')"
+        read -r ratio < <(zstd -b$level -e$level -i2 -B512KB --single-thread -q "$sample" 2>&1 | tail -n 1 | tr -s ' ')
+        record "zstd -$level in 512 KiB pieces, one core" "MB/s" "$(grep -oE '[0-9.]+ MB/s' <<<"$ratio" | sed -n '1s/ .*//p')"
+        decompress=$(grep -oE '[0-9.]+ MB/s' <<<"$ratio" | sed -n '2s/ .*//p')
+        record "zstd -$level decompressed, one core" "MB/s" "$decompress"
     done
-    if command -v b3sum >/dev/null; then
-        record "BLAKE3, one core" "MB/s" "$((268435456 / $(timed b3sum --num-threads 1 "$sample") / 1000))"
-    fi
+    hash=$((268435456 / $(timed b3sum --num-threads 1 "$sample") / 1000))
+    record "BLAKE3, one core" "MB/s" "$hash"
     record "SHA-256 (openssl), one core" "MB/s" "$((268435456 / $(timed openssl dgst -sha256 "$sample") / 1000))"
     record "disk, written by dd and synced" "MB/s" "$((1073741824 / $(timed dd if=/dev/zero of="$W/zeros" bs=4M count=256 conv=fdatasync) / 1000))"
     cold
     record "disk, read" "MB/s" "$((1073741824 / $(timed dd if="$W/zeros" of=/dev/null bs=4M) / 1000))"
     rm "$W/zeros" "$sample"
-    same_objects "$2"
+    same_objects "$2" "$decompress" "$hash"
     python3 "$REPO/contrib/lib/s3.py" speed "s3://${SPEEDY_STORE#s3://}-speed" >"$W/speed"
     record "Ceph, 8 puts of 1 MiB at once (stored bytes)" "MB/s" "$(cut -d' ' -f1 "$W/speed")"
     record "Ceph, 8 gets of 1 MiB at once (stored bytes)" "MB/s" "$(cut -d' ' -f2 "$W/speed")"
     record "link (stored bytes)" "MB/s" "$((MBIT / 8))"
 }
 
-# same_objects ENDPOINT: what the gateway gives for the very chunks that a fetch takes, as many requests at once as it has threads,
-# to a client that checks and writes nothing; directly and through the link.
+# same_objects ENDPOINT DECOMPRESS HASH: what the gateway gives for the very chunks that a fetch takes, as many requests at once as it has
+# threads, to a client that checks and writes nothing; directly and through the link. And what the processors give, which store and client
+# share: were they busy all the time with nothing but that, and with decompressing and hashing each byte once, at so many MB a second each.
 same_objects() {
-    local url=$SPEEDY_STORE-link-$ROUNDS way row address stored took turn before
+    local url=$SPEEDY_STORE-link-$ROUNDS way row address stored took turn before spent
     link_post "link?mbit=$MBIT&delay=$DELAY"
     python3 "$REPO/contrib/lib/s3.py" ls "$url/chunks/" >"$W/chunks"
     stored=$(awk '{ sum += $1 } END { print sum }' "$W/chunks")
@@ -147,7 +151,10 @@ same_objects() {
             cold
             before=$(processor_time)
             took=$(timed take_all "$stored")
-            record "$row, plain bytes" "processors busy, %" "$(busy_since "$before")"
+            spent=$(spent_since "$before")
+            record "$way, processors: for curl's run, and to decompress and hash each byte once, plain bytes" "MB/s" \
+                "$(awk -v mb="$((PLAIN / 1000000))" -v spent="$spent" -v d="$2" -v h="$3" -v n="$(nproc)" \
+                    'BEGIN { printf "%d", mb / ((spent + mb / d + mb / h) / n) }')"
             record "$row, stored bytes" "MB/s" "$((stored / took / 1000))"
             record "$row, plain bytes" "MB/s" "$((PLAIN / took / 1000))"
             note "turn $turn: $way: $stored bytes in $(wc -l <"$W/chunks") objects by curl in $(seconds_of "$took") s"

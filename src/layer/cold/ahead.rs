@@ -5,10 +5,10 @@
 
 use std::ops::Range;
 
-/// How many chunks are fetched before a reader that goes forward, to begin with and at most: 64 of a quarter MiB are what a link of
+/// How many chunks are fetched before a reader that goes forward, to begin with and at most: 32 of half a MiB are what a link of
 /// 1 Gbit/s and 100 ms has on its way.
-const FIRST: usize = 8;
-const MOST: usize = 64;
+const FIRST: usize = 4;
+const MOST: usize = 32;
 /// Before a reader that seems to jump.
 const BESIDE: usize = 1;
 /// How many readers are told apart.
@@ -91,12 +91,12 @@ mod tests {
     fn a_window_is_before_a_reader_and_grows_with_its_way() {
         let mut ahead = Ahead::default();
         assert!(ahead.read(&(100..101), COUNT, false, || true));
-        assert_eq!(expected(&ahead), (101..109).collect::<Vec<_>>());
+        assert_eq!(expected(&ahead), (101..105).collect::<Vec<_>>());
         let mut moved = 0;
         for at in 101..300 {
             moved += usize::from(ahead.read(&(at..at + 1), COUNT, true, || unreachable!()));
             let window = ahead.expected().count();
-            assert!((4..=MOST).contains(&window), "{window} chunks before {at}");
+            assert!((2..=MOST).contains(&window), "{window} chunks before {at}");
         }
         assert!(moved < 30, "moved {moved} times");
         assert!(ahead.expected().count() >= MOST / 2);
@@ -116,7 +116,7 @@ mod tests {
         assert_eq!(expected(&ahead), [801, 21, 501]);
         // It goes forward after all.
         assert!(ahead.read(&(21..22), COUNT, true, || unreachable!()));
-        assert_eq!(expected(&ahead)[..8], (22..30).collect::<Vec<_>>());
+        assert_eq!(expected(&ahead)[..4], (22..26).collect::<Vec<_>>());
     }
 
     #[test]
