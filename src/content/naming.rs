@@ -12,7 +12,6 @@ use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use tokio::time::{Instant, sleep};
 
 use super::document::Document;
-use super::guard::Guard;
 use super::name::{ImageName, NameError};
 use super::notice::SETTLED;
 use super::{ContentError, ContentStore, LONGEST_LOOK, REQUESTS, Word, reference};
@@ -38,9 +37,6 @@ impl ContentStore {
         }
         let mut relied: Vec<Relied> = Vec::new();
         let mut settled = false;
-        if !self.options.guards.hold(Guard::NameLast) {
-            self.parts.objects.put(&image.object(self.publisher()), bytes.clone()).await?;
-        }
         for _ in 0..PASSES {
             let (began, by_clock) = (Instant::now(), self.parts.objects.now());
             // Those of the pass before: what was made young then may have been deleted since.
@@ -91,7 +87,6 @@ impl ContentStore {
         let found = objects.stat(&name).await?.ok_or_else(missing)?;
         let age = objects.now().saturating_sub(found.modified);
         let old = age >= self.options.renew_after.as_secs().cast_signed();
-        let old = old && self.options.guards.hold(Guard::RenewRefs);
         if old && objects.touch(&name).await? != Touched::Done {
             objects.put(&name, bytes.clone()).await?;
         }
