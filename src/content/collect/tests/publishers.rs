@@ -16,6 +16,7 @@ use crate::chunk::store::{ChunkSink, ChunkStore};
 use crate::chunk::verified::Verified;
 use crate::chunk::{ChunkError, ChunkId, ChunkRef};
 use crate::content::collect::{Collector, Rules};
+use crate::content::name::ImageName;
 use crate::content::publish::PublishRequest;
 use crate::content::trust::Trust;
 use crate::content::{ContentError, ContentStore, Options, Parts, reference};
@@ -137,6 +138,25 @@ async fn a_publisher_whose_clock_is_wrong_writes_no_ref() {
     let refused = publish(&store, &catalogue, 0).await.unwrap_err();
     assert!(matches!(refused, ContentError::Clock { .. }), "{refused}");
     assert_eq!(written(&world, &reference::name(&catalogue.chain(0, 0), key(0).public())), None);
+}
+
+/// Its layers were there already, so nobody had looked at its clock: old refs seemed to be young.
+#[tokio::test(start_paused = true)]
+async fn a_publisher_whose_clock_is_wrong_writes_no_name() {
+    let (catalogue, world) = (Catalogue::make().await, World::new(1, Duration::ZERO));
+    publish(&node(&world.seen_by(0, 0).patient(PATIENCE), 0, Duration::ZERO, 0).0, &catalogue, 0)
+        .await
+        .unwrap();
+    for ahead in [-2 * 3600, 2 * 3600] {
+        let (wrong, _) = node(&world.seen_by(ahead, 0).patient(PATIENCE), 1, Duration::ZERO, 0);
+        let whole = (catalogue.name(0), Catalogue::document(0).to_vec());
+        let bare = (ImageName { documents: Vec::new(), ..catalogue.name(0) }, Vec::new());
+        for (name, documents) in [whole, bare] {
+            let refused = wrong.publish_name(&name, &documents).await.unwrap_err();
+            assert!(matches!(refused, ContentError::Clock { .. }), "{refused}");
+            assert_eq!(written(&world, &name.object(key(1).public())), None);
+        }
+    }
 }
 
 /// A listing shows chunks as they were before they were made young.
