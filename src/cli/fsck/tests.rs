@@ -221,7 +221,7 @@ impl World {
     async fn repair(&self, report: &Report) -> Vec<Outcome> {
         let checker = self.checker(false);
         let repair = Repair::new(&self.config, &self.objects, &checker, report, None).unwrap();
-        repair.run(&Meter::new(true)).await.unwrap()
+        repair.run(None, &Meter::new(true)).await.unwrap()
     }
 
     /// What is not as it was written.

@@ -314,7 +314,7 @@ impl Fleet {
         *node.doing.lock() = "repairing";
         let repair =
             Repair::new(&node.config, &node.objects, &checker, &report, None).expect("the node has a root");
-        let Ok(outcomes) = repair.run(&METER).await else { return Err(Failed) };
+        let Ok(outcomes) = repair.run(None, &METER).await else { return Err(Failed) };
         let became: Vec<(Finding, Outcome)> = report.findings.into_iter().zip(outcomes).collect();
         for (finding, outcome) in &became {
             if *outcome == Outcome::Repaired {
