@@ -80,7 +80,8 @@ async fn fetch(socket: &Path, arguments: &Arguments) -> anyhow::Result<String> {
     let client = client
         .with_context(|| format!("{}; is containerd running, and is this its socket?", socket.display()))?;
     let image = find_image(&client, &arguments.image).await?;
-    let wanted = to_fetch(&image, &platform, arguments)?;
+    let (hosts, user) = (arguments.hosts_dir.as_deref(), arguments.user.as_deref());
+    let wanted = to_fetch(&image.name, &image.target.digest, &platform, hosts, user)?;
     let mut blobs = blobs(&client, &image, &platform).await?;
     let lacking =
         |blobs: &Option<Vec<Blob>>| blobs.as_ref().is_none_or(|blobs| blobs.iter().any(|blob| !blob.here));
@@ -109,25 +110,30 @@ async fn fetch(socket: &Path, arguments: &Arguments) -> anyhow::Result<String> {
     })
 }
 
-fn to_fetch(image: &Image, platform: &Platform, arguments: &Arguments) -> anyhow::Result<Fetch> {
-    let repository = repository(&image.name);
+/// What the image `name` is here, wherever its tag points by now.
+pub(super) fn to_fetch(
+    name: &str,
+    target: &Digest,
+    platform: &Platform,
+    hosts: Option<&Path>,
+    user: Option<&str>,
+) -> anyhow::Result<Fetch> {
+    let repository = repository(name);
     let Some((registry, _)) = repository.split_once('/') else {
-        bail!("{} names no registry; give the image by the name under which it was pulled", image.name);
+        bail!("{name} names no registry; give the image by the name under which it was pulled");
     };
     let upstream = Upstream::of(registry, false);
-    let upstream = upstream.with_context(|| format!("{registry:?} in {} is no registry", image.name))?;
-    let hosts = arguments
-        .hosts_dir
-        .clone()
+    let upstream = upstream.with_context(|| format!("{registry:?} in {name} is no registry"))?;
+    let hosts = hosts
+        .map(Path::to_owned)
         .or_else(|| Some(PathBuf::from(hosts::DIRECTORY)).filter(|dir| dir.is_dir()));
     let hosts_dir = hosts.map(std::path::absolute).transpose()?.unwrap_or_default();
-    let credentials = match &arguments.user {
+    let credentials = match user {
         Some(user) => Some(credentials(user, &upstream, &mut io::stdin().lock())?),
         None => None,
     };
     Ok(Fetch {
-        // What the image is here, wherever its tag points by now.
-        reference: format!("{repository}@{}", image.target.digest),
+        reference: format!("{repository}@{target}"),
         platform: platform.clone(),
         hosts_dir: hosts_dir.to_string_lossy().into_owned(),
         credentials,

@@ -15,6 +15,7 @@ use crate::content::fsck::{Checker, Options, Report};
 use crate::object::{Objects, layout};
 
 mod node;
+mod registry;
 mod repair;
 mod show;
 
@@ -38,6 +39,12 @@ pub(super) struct Arguments {
     /// images again. Right bytes are written over wrong ones; nothing is deleted
     #[arg(long)]
     repair: bool,
+    /// With --repair: what neither this node nor its containerd has is fetched from the images' registries, as `speedy fetch` does
+    #[arg(long, requires = "repair")]
+    from_registry: bool,
+    /// containerd's configuration of registries [default: /etc/containerd/certs.d, if it is there]
+    #[arg(long, value_name = "DIR", requires = "from_registry")]
+    hosts_dir: Option<std::path::PathBuf>,
     /// Do not read chunks and documents: only look whether they are there, and of a size that they can have
     #[arg(long)]
     quick: bool,
@@ -122,7 +129,9 @@ async fn check(config: &Config, arguments: &Arguments) -> anyhow::Result<Found> 
     meter.end();
     let outcomes = match arguments.repair && !store.is_clean() {
         true => {
-            Repair::new(config, &objects, &checker, &store, arguments.temp.as_deref())?.run(&meter).await?
+            let repair = Repair::new(config, &objects, &checker, &store, arguments.temp.as_deref())?;
+            let registry = arguments.from_registry.then_some(arguments.hosts_dir.as_deref());
+            repair.run(registry, &meter).await?
         }
         false => Vec::new(),
     };

@@ -17,6 +17,8 @@ use crate::object::layout::Kind;
 
 /// How often a collection that ran out of time begins again.
 const ROUNDS: u32 = 50;
+/// What writers and deletions leave in a directory goes when nobody has touched it for so long.
+const LEFT: Duration = Duration::from_secs(24 * 3600);
 /// Images that are listed for people; all of them are in the JSON.
 const MOST_SHOWN: usize = 50;
 
@@ -97,6 +99,7 @@ async fn collect(effective: &Effective, arguments: &Arguments) -> anyhow::Result
             }
             plan = collector.plan(&watch).await?;
         }
+        objects.tidy(LEFT).await?;
     }
     drop(shown);
     Ok(match arguments.json {

@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 
 use self::show::{Meter, Shown};
-use self::source::Source;
+use self::source::{Image, Source};
 use self::work::{Present, Work};
 use super::{Settings, ask, long, namespace_or_default, trust};
 use crate::chunk::ChunkId;
@@ -176,6 +176,8 @@ pub(super) struct Again<'a> {
     pub(super) config: &'a Config,
     pub(super) content: Arc<ContentStore>,
     pub(super) namespace: &'a str,
+    /// What containerd calls it, and what it is published as.
+    pub(super) record: &'a str,
     pub(super) reference: &'a str,
     pub(super) platform: &'a str,
     pub(super) temp: &'a Path,
@@ -186,9 +188,10 @@ impl Again<'_> {
     pub(super) async fn run(self) -> anyhow::Result<()> {
         let platform = Platform::parse(self.platform)?;
         let mut source = Source::containerd(&self.config.containerd, self.namespace).await?;
-        let found = source.image(self.reference, &platform).await;
+        let found = source.image(self.record, &platform).await;
         let done = match found {
             Ok(image) => {
+                let image = Image { reference: self.reference.to_owned(), ..image };
                 let meter = Arc::new(Meter::new(&image, true));
                 let (store, temp, limits) =
                     (self.content, self.temp.to_owned(), daemon::remote::limits(self.config));

@@ -31,6 +31,13 @@ impl Containerd {
         Ok(answer.and_then(|answer| answer.image).and_then(image))
     }
 
+    /// Removes an image; succeeds when there is none. Its blobs go when containerd collects next, if nothing else needs them.
+    pub async fn remove_image(&self, name: &str) -> Result<(), ContainerdError> {
+        let request = proto::DeleteImageRequest { name: name.to_owned(), ..Default::default() };
+        found(self.images_client().delete(self.call(request)).await)?;
+        Ok(())
+    }
+
     /// The names of all namespaces.
     pub async fn namespaces(&self) -> Result<Vec<String>, ContainerdError> {
         let mut client = NamespacesClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT);

@@ -8,7 +8,7 @@ use crate::oci::Digest;
 use crate::proto::containerd::services::leases::v1 as proto;
 use crate::proto::containerd::services::leases::v1::leases_client::LeasesClient;
 
-/// The label with the time at which the collector takes a lease, RFC 3339.
+/// The label with the time at which the collector takes a lease or an image, RFC 3339.
 const LABEL_EXPIRE: &str = "containerd.io/gc.expire";
 
 impl Containerd {
@@ -16,7 +16,7 @@ impl Containerd {
     /// stays as it is.
     pub async fn create_lease(&self, id: &str, lifetime: Duration) -> Result<(), ContainerdError> {
         header(id)?;
-        let labels = HashMap::from([(LABEL_EXPIRE.to_owned(), rfc3339(SystemTime::now() + lifetime))]);
+        let labels = HashMap::from([expires_in(lifetime)]);
         let request = proto::CreateRequest { id: id.to_owned(), labels };
         match self.leases_client().create(self.call(request)).await {
             Ok(_) => Ok(()),
@@ -48,6 +48,11 @@ impl Containerd {
     fn leases_client(&self) -> LeasesClient<tonic::transport::Channel> {
         LeasesClient::new(self.channel.clone())
     }
+}
+
+/// A label with which something ends by itself.
+pub fn expires_in(lifetime: Duration) -> (String, String) {
+    (LABEL_EXPIRE.to_owned(), rfc3339(SystemTime::now() + lifetime))
 }
 
 /// `2026-01-31T23:59:59Z`. Source: RFC 3339; the days of the civil calendar as counted from 1 March of year 0.

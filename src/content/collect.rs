@@ -24,7 +24,7 @@
 //! 5. A name that the first reading kept, or did not see, is kept by the second with all that it needs, whatever the rules say of it by
 //!    then: between the two may be days.
 //!
-//! The steps of this have names ([`super::guard`]); a test takes some away, and the simulated fleet notices.
+//! Four steps of this have names ([`super::guard`]): a test takes them away, and the simulated fleet notices.
 //!
 //! Two collectors at once delete what each of them alone would have deleted.
 //!

@@ -1,5 +1,5 @@
-//! The guards of collecting and publishing, each by a name, so that a test can take one away and see whether the simulated fleet notices.
-//! `GUARDS` in `cli::fsck::tests::month` lists those whose lack it is known to notice. Of the others that is not shown yet.
+//! Guards of collecting, each by a name, so that a test can take one away and see whether the simulated fleet notices: `GUARDS` in
+//! `cli::fsck::tests::month`. What else keeps a collection from harm has tests of its own in `collect::tests`.
 //!
 //! Outside of tests every guard holds, and [`Guards`] is nothing at all.
 
@@ -10,30 +10,10 @@ pub(crate) enum Guard {
     SecondReading,
     /// Nothing is deleted that is younger than the grace period.
     Grace,
-    /// Each object is looked at right before it is deleted.
-    LastLook,
     /// Names are deleted before what they name.
     Order,
-    /// What only a ref needs that goes now is kept for another grace period.
-    Decay,
-    /// For that its index is made young before the ref goes.
+    /// The index of a ref that goes is made young before: what only that needs is kept for another grace period.
     RenewIndex,
-    /// A collector whose clock is wrong deletes nothing.
-    Clock,
-    /// Publishers wait for a collection that is under way, and look again.
-    Notice,
-    /// A publisher makes old chunks young that it reuses.
-    RenewChunks,
-    /// A publisher that was slow looks at everything again.
-    LookAgain,
-    /// A ref is written after its index and its chunks.
-    RefLast,
-    /// A name is written after the refs of its layers.
-    NameLast,
-    /// A ref that a name relies on is made young before the name is written.
-    RenewRefs,
-    /// A name whose layer has no ref stops a collection: the ref may be brought back.
-    LostRefs,
 }
 
 /// Which guards hold: all.

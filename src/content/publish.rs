@@ -24,7 +24,6 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::cut::{self, Piece};
-use super::guard::Guard;
 use super::index::{IndexDigest, LayerIndex};
 use super::notice::SETTLED;
 use super::{CLOCKS_DIFFER, ContentError, ContentStore, LONGEST_LOOK, reference};
@@ -205,9 +204,6 @@ impl ContentStore {
             let bytes = index.encode();
             let digest = IndexDigest::of(&bytes);
             let so_far = first.map_or(published, |before| before.and_then(&published));
-            if !self.options.guards.hold(Guard::RefLast) {
-                self.publish_refs(request.chains, digest).await?;
-            }
             first = Some(Published { index: digest, ..so_far });
             // Written even if it is there: that makes it young, and whole should it be damaged.
             let name = layout::index(digest.as_bytes());
@@ -233,9 +229,6 @@ impl ContentStore {
         (began, by_clock): (Instant, i64),
         oldest: Option<i64>,
     ) -> Result<bool, ContentError> {
-        if !self.options.guards.hold(Guard::LookAgain) {
-            return Ok(false);
-        }
         let objects = &self.parts.objects;
         // Just written, so this is what the store's clock says.
         let Some(found) = objects.stat(index).await? else { return Ok(true) };
@@ -286,10 +279,7 @@ impl ContentStore {
         let keeper = Keeper {
             objects: self.parts.objects.clone(),
             chunks: Arc::clone(&self.parts.chunks),
-            renew_after: match self.options.guards.hold(Guard::RenewChunks) {
-                true => Some(self.options.renew_after),
-                false => None,
-            },
+            renew_after: self.options.renew_after,
             doubted: Arc::clone(&self.options.doubted),
         };
         // Tasks, so that compression is spread over the processors; they end with this call.
@@ -335,8 +325,7 @@ fn lost(error: JoinError) -> ContentError {
 struct Keeper {
     objects: Objects,
     chunks: Arc<dyn ChunkSink>,
-    /// Never, for `None`.
-    renew_after: Option<Duration>,
+    renew_after: Duration,
     doubted: Arc<HashSet<ChunkId>>,
 }
 
@@ -348,8 +337,7 @@ impl Keeper {
         let doubted = self.doubted.contains(&id);
         if !doubted && let Some(found) = self.objects.stat(&layout::chunk(id.as_bytes())).await? {
             let age = self.objects.now().saturating_sub(found.modified);
-            let Some(renew_after) = self.renew_after else { return Ok(already) };
-            if age < renew_after.as_secs().cast_signed() {
+            if age < self.renew_after.as_secs().cast_signed() {
                 return Ok(Kept { written: Some(found.modified), ..already });
             }
             match self.chunks.renew(id).await {

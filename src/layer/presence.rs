@@ -124,6 +124,15 @@ impl Presence {
     }
 }
 
+/// What a map with these bytes says of each chunk, if it is one for this index and this boot: for who only looks.
+pub fn read(map: &[u8], index: &[u8; 32], chunks: usize, boot: [u64; 2]) -> Option<Vec<bool>> {
+    let words = map.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap_or_default()));
+    let words: Vec<u64> = words.collect();
+    let (found, bits) = words.split_at_checked(HEAD)?;
+    let is_it = found == head(index, chunks, boot) && bits.len() >= chunks.div_ceil(64);
+    is_it.then(|| (0..chunks).map(|chunk| bits[chunk / 64] & (1 << (chunk % 64)) != 0).collect())
+}
+
 fn head(index: &[u8; 32], chunks: usize, boot: [u64; 2]) -> [u64; HEAD] {
     let word = |at: usize| u64::from_ne_bytes(index[at..at + 8].try_into().unwrap_or_default());
     [MAGIC, boot[0], boot[1], word(0), word(8), word(16), word(24), chunks as u64]

@@ -503,6 +503,7 @@ async fn half_a_key_pair_is_refused() {
 
 mod directory {
     use std::os::unix::fs::PermissionsExt;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
 
@@ -555,6 +556,53 @@ mod directory {
         assert_eq!(objects.tidy(Duration::ZERO).await.unwrap(), 1);
         assert!(!torn.exists());
         assert!(objects.get("chunks/ab/abcd", 9).await.unwrap().is_some());
+    }
+
+    /// Each image and each layer that a store ever had left a directory.
+    #[tokio::test]
+    async fn empty_directories_go_when_they_are_old() {
+        let top = tempfile::tempdir().unwrap();
+        let objects = open(top.path());
+        let hour = Duration::from_secs(3600);
+        for name in ["refs/ab/abcd/1", "refs/ab/abce/1", "chunks/cd/cdef"] {
+            objects.put(name, Bytes::from_static(b"x")).await.unwrap();
+            objects.delete(name).await.unwrap();
+        }
+        objects.put("refs/ab/abce/2", Bytes::from_static(b"x")).await.unwrap();
+        assert_eq!(objects.tidy(hour).await.unwrap(), 0, "somebody may be about to use them");
+        assert_eq!(objects.tidy(Duration::ZERO).await.unwrap(), 1);
+        assert!(!top.path().join("refs/ab/abcd").exists());
+        assert!(top.path().join("refs/ab").exists() && top.path().join("chunks/cd").exists());
+        objects.put("refs/ab/abcd/1", Bytes::from_static(b"y")).await.unwrap();
+        assert_eq!(objects.list("refs", 9).await.unwrap().len(), 2);
+    }
+
+    /// Directories go here however young they are, so a write may fail; one that was answered is there.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_written_beside_a_removal_is_there() {
+        let top = tempfile::tempdir().unwrap();
+        let objects = open(top.path());
+        let (mut written, mut removed) = (0, 0);
+        let over = AtomicBool::new(false);
+        let write = async {
+            for n in 0..100 {
+                let name = format!("refs/ab/abcd/{n}");
+                if objects.put(&name, Bytes::from_static(b"x")).await.is_ok() {
+                    written += 1;
+                    assert!(objects.stat(&name).await.unwrap().is_some(), "{n}");
+                }
+                objects.delete(&name).await.unwrap();
+            }
+            over.store(true, Ordering::SeqCst);
+        };
+        let remove = async {
+            while !over.load(Ordering::SeqCst) {
+                removed += objects.tidy(Duration::ZERO).await.unwrap();
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::join!(write, remove);
+        assert!(written > 0 && removed > 0, "{written} {removed}");
     }
 
     #[tokio::test]

@@ -52,6 +52,13 @@ pub(super) enum BlobError {
 }
 
 impl BlobError {
+    /// Whether the blob's own bytes are the reason: encrypted, say, which is nothing that anybody can tell by looking at them.
+    pub(super) fn is_of_its_bytes(&self) -> bool {
+        use ImageError::{Compressed, Entry, Limit, Tar, Unrepresentable};
+        let BlobError::Unusable(error) = self else { return false };
+        matches!(error, Compressed(_) | Tar { .. } | Entry { .. } | Limit { .. } | Unrepresentable { .. })
+    }
+
     /// Whether trying again is of no use.
     pub(super) fn is_final(&self) -> bool {
         matches!(self, BlobError::Gone | BlobError::Unusable(_) | BlobError::Removed)
@@ -121,10 +128,8 @@ pub(super) async fn image_of(
     blocking(move || {
         let source = open().map_err(|error| LayerError::at(&path, error));
         let made = source.map_err(BlobError::from).and_then(|source| {
-            // Which compression it has is told by its first bytes.
-            let compression = Compression::of_media_type("application/vnd.oci.image.layer.v1.tar")
-                .map_err(BlobError::Unusable)?;
-            let source = Source { blob: source, compression };
+            // The media type is not known: its first bytes tell.
+            let source = Source { blob: source, compression: Compression::ByMagic };
             let built = image::build(source, &file, &below, &limits, &|| cancel.is_cancelled());
             built.map_err(|error| match error {
                 ImageError::Write(error) => LayerError::at(&path, error).into(),

@@ -61,7 +61,9 @@ impl PublishError {
     /// Whether trying again is of no use after so many attempts.
     fn is_final(&self, attempts: u32) -> bool {
         match self {
-            PublishError::Blob(error) => error.is_final() && attempts >= PATIENCE,
+            PublishError::Blob(error) => {
+                error.is_of_its_bytes() || (error.is_final() && attempts >= PATIENCE)
+            }
             // Too large for an index, say: it always will be.
             PublishError::Content(ContentError::Index(_)) => true,
             PublishError::Content(_) | PublishError::Snapshot(_) => false,

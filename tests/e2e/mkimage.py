@@ -5,7 +5,8 @@
 
 NAME is tiny, pause, eight, deep (128 layers), or one of those about layers: more (eight's and one more), aba (a layer, another,
 the first one again), empties (the empty layer five times), large (one layer with 96 MiB of noise), plain, docker, zstd, encrypted
-(eight's layers as other media types; encrypted is: each byte with 0x5A). deep-N is like deep, and shares only its first layer with others.
+(eight's layers as other media types; encrypted is: each byte with 0x5A). deep-N is like deep, fresh-N has
+two layers of noise; both share only their first layer with others.
 
 Every tar entry is written here, so that the tests know exactly what a container must see. What that
 is goes to EXPECTED/NAME.txt, in the form that the image's own /bin/listing prints. Only the standard
@@ -324,6 +325,17 @@ def large():
     yield layer
 
 
+def fresh(which=""):
+    """Three layers, of which two are nobody else's."""
+    yield base_layer("fresh\n")
+    noise = random.Random(which)
+    for number in range(2):
+        layer = Layer()
+        layer.dir("data")
+        layer.file(f"data/fresh-{number}", noise.randbytes(2 << 20))
+        yield layer
+
+
 WAIT = ["/bin/sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 1000 & wait $!; done"]
 IMAGES = {
     "tiny": (lambda: [base_layer("hello from tiny\n")], ["/bin/cat", "/data/hello"]),
@@ -334,6 +346,7 @@ IMAGES = {
     "aba": (aba, ["/bin/listing"]),
     "empties": (empties, ["/bin/listing"]),
     "large": (large, ["/bin/listing"]),
+    "fresh": (fresh, ["/bin/listing"]),
     "plain": (eight, ["/bin/listing"]),
     "docker": (eight, ["/bin/listing"]),
     "zstd": (eight, ["/bin/listing"]),

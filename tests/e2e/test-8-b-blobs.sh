@@ -166,7 +166,7 @@ END
     daemon_stop containerd
     start_containerd "$VERSION"
 }
-tried_to_publish() { (($(status_of .publish.failures) > 0)); }
+tried_to_publish() { (($(status_of '.publish.failures + .publish.dropped') > 0)); }
 
 # --- speedy fetch -----------------------------------------------------------------------------------------------------
 

@@ -146,6 +146,36 @@ test_fleet_fsck_cannot_tell() {
     fresh_speedy
 }
 
+test_fleet_fsck_registry() {
+    # No node has the image any more, and the store lacks some of it: it comes back from the registry, on whatever node is asked.
+    local kind round
+    fsck_fleet
+    on b ctr_remove fsck-1
+    remove_everything
+    on b remove_everything
+    wait_for 20 "the layers to go" no_layers
+    wait_for 20 "the layers of node b to go" on b no_layers
+    for round in 1 2; do
+        harm "$STORE" chunks lost "$round" >/dev/null
+        harm "$STORE" chunks cut "$round$round" >/dev/null
+    done
+    harm "$STORE" indexes lost 1 >/dev/null
+    expect_contains "$(expect_fsck 1 --repair)" "with --from-registry they are fetched" "what there is to do"
+    for round in 1 2; do fsck --repair --from-registry --hosts-dir "$N/certs.d" >/dev/null; done
+    expect_contains "$(expect_fsck 0)" clean "the store after its repair"
+    same_store "$SOUND" "$STORE"
+    # A node that publishes nothing and only takes the first one's word; the registry is away, and is back.
+    harm "$STORE" chunks lost 5 >/dev/null
+    link_post "blobs?layers=refuse"
+    expect_contains "$(trusting on b expect_fsck 1 --repair --from-registry --hosts-dir "$W/b/certs.d")" "failed: $REGISTRY/more@sha256:" "why it is not repaired"
+    expect_contains "$(on b expect_fsck 1 --repair --from-registry --hosts-dir "$W/b/certs.d")" "nobody whose word this node takes" "who trusts nobody"
+    link_post "blobs?layers=allow"
+    trusting on b expect_fsck 0 --repair --from-registry --hosts-dir "$W/b/certs.d" >/dev/null
+    on b expect_fsck 0 >/dev/null
+    expect_equal "" "$(NAMESPACE=default ctr images ls -q)$(NAMESPACE=default on b ctr images ls -q)" "images that are left in containerd"
+    expect_from_store ctr more 9
+}
+
 test_cluster_fsck() {
     # On S3: with keys that may only read nothing is repaired, and that is said.
     local name store

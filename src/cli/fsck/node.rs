@@ -1,6 +1,7 @@
-//! This node's layer images, read only: each complete one against its own index. The daemon may run; what it repairs or gives up
-//! meanwhile is no finding.
+//! This node's layer images, read only, each against its own index: a complete one whole, of another one what its map says is here. The
+//! daemon may run; what it repairs, fills or gives up meanwhile is no finding.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -17,8 +18,12 @@ use crate::sys::blocking;
 pub(super) struct NodeReport {
     /// Layer images that were compared with their index.
     pub(super) checked: u64,
-    /// Those that have none, or are not wholly here.
-    pub(super) passed_over: u64,
+    /// Those of them that are not wholly here.
+    pub(super) incomplete: u64,
+    /// Those that have no index: nobody can say what they should be.
+    pub(super) without_index: u64,
+    /// Those that are not wholly here and have no map of this boot: the daemon hashes what is there before it uses it.
+    pub(super) unvouched: u64,
     /// Bytes that were read.
     pub(super) bytes: u64,
     pub(super) damaged: Vec<Damaged>,
@@ -30,6 +35,19 @@ pub(super) struct Damaged {
     pub(super) serial: u64,
     pub(super) problem: String,
     pub(super) to_do: String,
+}
+
+/// What came of looking at a layer image.
+enum Looked {
+    Checked {
+        whole: bool,
+        bytes: u64,
+        problem: Option<String>,
+    },
+    WithoutIndex,
+    Unvouched,
+    /// Given up, or about to be made.
+    Gone,
 }
 
 pub(super) async fn check(
@@ -47,22 +65,31 @@ pub(super) async fn check(
         meter.say(done, total, format!("layer images of this node: {done}"));
         let store = LayerStore::at(&config.root);
         match blocking(move || Ok::<_, anyhow::Error>(look(&store, serial, quick, rate))).await? {
-            None => report.passed_over += 1,
-            Some((bytes, problem)) => {
+            Looked::Gone => {}
+            Looked::WithoutIndex => report.without_index += 1,
+            Looked::Unvouched => report.unvouched += 1,
+            Looked::Checked { whole, bytes, problem } => {
                 report.checked += 1;
+                report.incomplete += u64::from(!whole);
                 report.bytes += bytes;
                 let Some(problem) = problem else { continue };
-                let to_do = match repair {
-                    true => {
-                        "the daemon's scrub repairs it when it comes by; sooner: remove the images that use it and pull them again"
-                    }
-                    false => "the daemon's scrub repairs it from the store (scrub.rate, scrub.every)",
-                };
-                report.damaged.push(Damaged { serial, problem, to_do: to_do.to_owned() });
+                report.damaged.push(Damaged { serial, problem, to_do: to_do(whole, repair).to_owned() });
             }
         }
     }
     Ok(report)
+}
+
+fn to_do(whole: bool, repair: bool) -> &'static str {
+    match (whole, repair) {
+        (false, _) => {
+            "the daemon fetches it again when the layer is wholly here and is compared; sooner: remove the images that use it and pull them again"
+        }
+        (true, true) => {
+            "the daemon's scrub repairs it when it comes by; sooner: remove the images that use it and pull them again"
+        }
+        (true, false) => "the daemon's scrub repairs it from the store (scrub.rate, scrub.every)",
+    }
 }
 
 fn serials(root: PathBuf) -> anyhow::Result<Vec<u64>> {
@@ -72,27 +99,50 @@ fn serials(root: PathBuf) -> anyhow::Result<Vec<u64>> {
     Ok(layer::images_below(&root)?)
 }
 
-/// What was read of a layer image, and what is wrong with it; nothing for one that has no index or is not complete.
-fn look(store: &LayerStore, serial: u64, quick: bool, rate: u64) -> Option<(u64, Option<String>)> {
-    if !store.is_complete(serial) {
-        return None;
-    }
-    let index = LayerIndex::decode(&store.read_index(serial)?, Limits::default()).ok()?;
-    let file = store.read(serial).ok()?;
+fn look(store: &LayerStore, serial: u64, quick: bool, rate: u64) -> Looked {
+    let whole = store.is_complete(serial);
+    let opened = if whole { store.read(serial) } else { store.read_any(serial) };
+    let Ok(file) = opened else { return Looked::Gone };
+    let index = store.read_index(serial).and_then(|bytes| LayerIndex::decode(&bytes, Limits::default()).ok());
+    let Some(index) = index else { return Looked::WithoutIndex };
+    let checked = |bytes, problem| Looked::Checked { whole, bytes, problem };
+    let here = match whole {
+        true => vec![true; index.chunks().len()],
+        false => match store.vouched_for(serial, &index) {
+            Some(here) => here,
+            None => return Looked::Unvouched,
+        },
+    };
     let size = file.metadata().map(|meta| meta.len()).unwrap_or(0);
     let should = index.facts().layout.size;
-    if size != should {
-        return Some((0, Some(format!("{size} bytes instead of {should}"))));
+    if whole && size != should {
+        return checked(0, Some(format!("{size} bytes instead of {should}")));
     }
     if quick {
-        return Some((0, None));
+        return checked(0, None);
     }
-    let (began, mut bytes, mut wrong) = (Instant::now(), 0, 0_u64);
+    let (bytes, mut wrong) = compare(&file, &index, &here, rate);
+    if !wrong.is_empty() && whole && !store.is_complete(serial) {
+        // Given up or repaired while it was read: what was read is no longer its file.
+        return Looked::Gone;
+    }
+    if !wrong.is_empty() && !whole {
+        // What was given up or doubted meanwhile says so in the map, before its bytes go.
+        let here = store.vouched_for(serial, &index).unwrap_or_default();
+        wrong.retain(|at| here.get(*at) == Some(&true));
+    }
+    let count = wrong.len();
+    checked(bytes, (count > 0).then(|| format!("{count} chunks have other bytes than its index says")))
+}
+
+/// How many bytes were read of the chunks that are here, and which of these are others than the index says.
+fn compare(file: &File, index: &LayerIndex, here: &[bool], rate: u64) -> (u64, Vec<usize>) {
+    let (began, mut bytes, mut wrong) = (Instant::now(), 0, Vec::new());
     let mut buffer = vec![0; MAX_CHUNK as usize];
-    for (offset, chunk) in index.chunks() {
+    for (at, (offset, chunk)) in index.chunks().enumerate().filter(|(at, _)| here[*at]) {
         let plain = &mut buffer[..chunk.length as usize];
         let right = file.read_exact_at(plain, offset).is_ok() && ChunkId::of(plain) == chunk.id;
-        wrong += u64::from(!right);
+        wrong.extend((!right).then_some(at));
         bytes += u64::from(chunk.length);
         if rate > 0 {
             #[expect(clippy::cast_precision_loss, reason = "a pause need not be exact")]
@@ -100,9 +150,5 @@ fn look(store: &LayerStore, serial: u64, quick: bool, rate: u64) -> Option<(u64,
             std::thread::sleep(due.saturating_sub(began.elapsed()));
         }
     }
-    // Given up or repaired while it was read: what was read is no longer its file.
-    if wrong > 0 && !store.is_complete(serial) {
-        return None;
-    }
-    Some((bytes, (wrong > 0).then(|| format!("{wrong} chunks have other bytes than its index says"))))
+    (bytes, wrong)
 }

@@ -1,4 +1,5 @@
-//! Bringing back what a store lacks: from this node's layer images, from containerd's content store, and by publishing images again.
+//! Bringing back what a store lacks: from this node's layer images, from containerd's content store, and by publishing images again; [`registry`](super::registry)
+//! does so with what it fetches.
 //!
 //! In the order in which a publish writes: chunks, indexes, refs, documents, names. Whatever it is killed in leaves sound objects, and
 //! repeating it goes on. At the end each finding is looked at again: only what is sound then counts as repaired.
@@ -72,8 +73,12 @@ impl<'a> Repair<'a> {
         })
     }
 
-    /// Does what can be done; what became of each finding.
-    pub(super) async fn run(mut self, meter: &Meter) -> anyhow::Result<Vec<Outcome>> {
+    /// Does what can be done; what became of each finding. The registry is asked if there is a place for its configuration.
+    pub(super) async fn run(
+        mut self,
+        registry: Option<Option<&Path>>,
+        meter: &Meter,
+    ) -> anyhow::Result<Vec<Outcome>> {
         meter.say(0, 4, "repairing from this node's layer images");
         if let Err(error) = self.use_layers(meter).await {
             self.refused_or(error)?;
@@ -81,6 +86,9 @@ impl<'a> Repair<'a> {
         if self.refused.is_none() {
             meter.say(3, 4, "publishing again from containerd");
             self.use_containerd().await?;
+            if let Some(hosts) = registry {
+                self.use_registry(hosts, meter).await?;
+            }
         }
         let mut outcomes = Vec::with_capacity(self.findings.len());
         for (done, finding) in self.findings.iter().enumerate() {
@@ -121,8 +129,7 @@ impl<'a> Repair<'a> {
         }
         match finding.image_count {
             0 => "neither this node's layer images nor an image of containerd has it".to_owned(),
-            _ => "neither this node's layer images nor containerd have these bytes; `speedy fetch IMAGE` brings an image's blobs into \
-                  containerd, then run this again"
+            _ => "neither this node's layer images nor containerd have these bytes; with --from-registry they are fetched"
                 .to_owned(),
         }
     }
@@ -257,10 +264,7 @@ impl<'a> Repair<'a> {
     async fn images(&mut self, containerd: &Containerd, namespace: &str) -> anyhow::Result<()> {
         let mut touched: BTreeSet<TouchedImage> = BTreeSet::new();
         let mut names: HashMap<[u8; 32], u64> = HashMap::new();
-        for finding in self.findings {
-            if self.checker.is_sound(finding).await? {
-                continue;
-            }
+        for finding in self.wrong().await? {
             touched.extend(finding.images.iter().cloned());
             if let Object::Kept(Kind::Name, place) = finding.object {
                 names.insert(place.hash, place.key);
@@ -277,19 +281,47 @@ impl<'a> Repair<'a> {
             if containerd.image(&image.reference).await.ok().flatten().is_none() {
                 continue;
             }
-            let again = publish::Again {
-                config: self.config,
-                content: Arc::clone(&self.content),
-                namespace,
-                reference: &image.reference,
-                platform: &image.platform,
-                temp: &self.temp,
-            };
-            if let Err(error) = again.run().await {
-                self.failed.insert(image, format!("publishing it again failed: {error:#}"));
+            if let Err(error) = self.again(namespace, &image).run().await {
+                self.fail(image, format!("publishing it again failed: {error:#}"));
             }
         }
         Ok(())
+    }
+
+    /// An image of containerd to be published again, by its own name.
+    pub(super) fn again<'b>(&'b self, namespace: &'b str, image: &'b TouchedImage) -> publish::Again<'b> {
+        publish::Again {
+            config: self.config,
+            content: Arc::clone(&self.content),
+            namespace,
+            record: &image.reference,
+            reference: &image.reference,
+            platform: &image.platform,
+            temp: &self.temp,
+        }
+    }
+
+    /// What is not sound by now.
+    pub(super) async fn wrong(&self) -> Result<Vec<&'a Finding>, ContentError> {
+        let mut wrong = Vec::new();
+        for finding in self.findings {
+            if !self.checker.is_sound(finding).await? {
+                wrong.push(finding);
+            }
+        }
+        Ok(wrong)
+    }
+
+    pub(super) fn fail(&mut self, image: TouchedImage, told: String) {
+        self.failed.insert(image, told);
+    }
+
+    pub(super) fn config(&self) -> &'a Config {
+        self.config
+    }
+
+    pub(super) fn content(&self) -> &ContentStore {
+        &self.content
     }
 }
 

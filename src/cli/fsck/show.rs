@@ -148,12 +148,24 @@ fn node_lines(node: &NodeReport) -> Vec<String> {
             damaged.serial, damaged.problem, damaged.to_do
         ));
     }
-    lines.push(format!(
-        "this node: {} layer images checked, {} read; {} without an index or not wholly here were left out",
-        node.checked,
-        BinaryBytes(node.bytes),
-        node.passed_over
-    ));
+    let mut line =
+        format!("this node: {} layer images checked, {} read", node.checked, BinaryBytes(node.bytes));
+    for (count, told) in [
+        (node.incomplete, "not wholly here, of which only what is here was checked"),
+        (
+            node.without_index,
+            "without an index were passed over: they were made here and not published, so nothing says what they should be",
+        ),
+        (
+            node.unvouched,
+            "not wholly here were passed over: nothing vouches for what is there, and the daemon hashes it before it is used",
+        ),
+    ] {
+        if count > 0 {
+            write!(line, "; {count} {told}").expect("writing to a string does not fail");
+        }
+    }
+    lines.push(line);
     lines
 }
 
@@ -213,7 +225,10 @@ fn node_json(node: &NodeReport) -> Value {
     json!({
         "checked": node.checked,
         "bytes": node.bytes,
-        "passed_over": node.passed_over,
+        "incomplete": node.incomplete,
+        "passed_over": node.without_index + node.unvouched,
+        "without_index": node.without_index,
+        "unvouched": node.unvouched,
         "damaged": damaged.collect::<Vec<_>>(),
     })
 }

@@ -19,6 +19,7 @@ use crate::chunk::codec;
 use crate::content::ContentStore;
 use crate::content::document::Document;
 use crate::content::fsck::{Finding, Problem};
+use crate::content::index::LayerIndex;
 use crate::content::name::ImageName;
 use crate::content::publish::PublishRequest;
 use crate::image::{self, Compression, Facts, Limits, NothingBelow};
@@ -220,7 +221,7 @@ impl World {
     async fn repair(&self, report: &Report) -> Vec<Outcome> {
         let checker = self.checker(false);
         let repair = Repair::new(&self.config, &self.objects, &checker, report, None).unwrap();
-        repair.run(&Meter::new(true)).await.unwrap()
+        repair.run(None, &Meter::new(true)).await.unwrap()
     }
 
     /// What is not as it was written.
@@ -472,7 +473,7 @@ fn a_damaged_layer_image_of_the_node_is_told() {
         let world = World::new().await;
         let look = |quick| node::check(&world.config, quick, 0, false, &METER);
         let sound = look(false).await.unwrap();
-        assert_eq!((sound.checked, sound.passed_over, sound.damaged.len()), (3, 0, 0));
+        assert_eq!((sound.checked, sound.without_index, sound.damaged.len()), (3, 0, 0));
         let image = LayerStore::at(world.root.path()).image(2);
         let mut bytes = std::fs::read(&image).unwrap();
         let at = bytes.windows(64).position(|bytes| bytes == &noise(2, 64)[..]).unwrap();
@@ -483,6 +484,43 @@ fn a_damaged_layer_image_of_the_node_is_told() {
         assert!(look(true).await.unwrap().damaged.is_empty(), "sizes are right");
         std::fs::write(&image, &bytes[..at]).unwrap();
         assert_eq!(look(true).await.unwrap().damaged.len(), 1);
+    });
+}
+
+/// Layers that are filled as containers read them were passed over.
+#[test]
+fn of_a_layer_that_is_not_wholly_here_what_is_here_is_compared() {
+    runtime().block_on(async {
+        let world = World::new().await;
+        let look = async || node::check(&world.config, false, 0, false, &METER).await.unwrap();
+        let whole = look().await.bytes;
+        let store = LayerStore::at(world.root.path());
+        std::fs::rename(store.image(2), store.part(2)).unwrap();
+        let found = look().await;
+        assert_eq!((found.checked, found.incomplete, found.unvouched), (2, 0, 1));
+        let index =
+            LayerIndex::decode(&store.read_index(2).unwrap(), crate::content::index::Limits::default())
+                .unwrap();
+        let of_two: u64 = index.chunks().map(|(_, chunk)| u64::from(chunk.length)).sum();
+        let (presence, _) = store.presence(2, &index).unwrap();
+        let ((offset, _), (_, second)) = (index.chunk(0), index.chunk(1));
+        let mut bytes = std::fs::read(store.part(2)).unwrap();
+        bytes[usize::try_from(offset).unwrap()] ^= 1;
+        std::fs::write(store.part(2), bytes).unwrap();
+        presence.set(1);
+        let found = look().await;
+        assert_eq!(
+            (found.checked, found.incomplete, found.damaged.len()),
+            (3, 1, 0),
+            "nobody vouches for it"
+        );
+        assert_eq!(found.bytes, whole - of_two + u64::from(second.length));
+        presence.set(0);
+        let found = look().await;
+        assert_eq!((found.damaged.len(), found.damaged[0].serial), (1, 2));
+        std::fs::remove_file(store.image(2).with_extension("index")).unwrap();
+        let found = look().await;
+        assert_eq!((found.checked, found.without_index, found.damaged.len()), (2, 1, 0));
     });
 }
 

@@ -31,7 +31,6 @@ struct Execution<'a> {
     next: Mutex<Instant>,
     freed: Mutex<Freed>,
     planned: Tally,
-    last_look: bool,
     watch: Watch<'a>,
 }
 
@@ -48,7 +47,6 @@ impl Execution<'_> {
         if self.is_over() {
             return Ok(());
         }
-        let young_from = if self.last_look { young_from } else { i64::MAX };
         let turn = {
             let mut next = self.next.lock();
             let turn = (*next).max(Instant::now());
@@ -134,7 +132,7 @@ impl Collector {
         watch(Step { doing: "telling publishers, a minute", done: 0, total: 0 });
         let notice = Notice::put_up(&objects, !self.rules.alone).await?;
         let seconds = notice.put_at.abs_diff(notice.store_time);
-        if seconds > CLOCKS_DIFFER && self.rules.guards.hold(Guard::Clock) {
+        if seconds > CLOCKS_DIFFER {
             return Err(ContentError::Clock { seconds }.into());
         }
         let now = objects.now().min(notice.store_time);
@@ -147,7 +145,6 @@ impl Collector {
             next: Mutex::new(Instant::now()),
             freed: Mutex::default(),
             planned: plan.report.dead(),
-            last_look: self.rules.guards.hold(Guard::LastLook),
             watch,
         };
         let done = self.delete(&execution, &plan.roots, now).await;

@@ -8,7 +8,6 @@ use super::roots::Roots;
 use super::{Collector, Damage, KindReport, Step, Verdict, Watch};
 use crate::content::ContentError;
 use crate::content::buckets::Buckets;
-use crate::content::guard::Guard;
 use crate::content::index::IndexDigest;
 use crate::content::inventory::{Entry, Part, Reading, Unreadable};
 use crate::object::layout::Kind;
@@ -76,15 +75,12 @@ impl Collector {
         watch: Watch<'_>,
     ) -> Result<Indexes, ContentError> {
         let named = |digest: &[u8; 32]| readings.iter().any(|roots| roots.indexes.contains_key(digest));
-        let kept = self.rules.guards.hold(Guard::Decay);
-        let decaying =
-            |digest: &[u8; 32]| kept && readings.iter().any(|roots| roots.decaying.contains(digest));
+        let decaying = |digest: &[u8; 32]| readings.iter().any(|roots| roots.decaying.contains(digest));
         let mut found = Indexes::default();
         let mut report = KindReport::new(Kind::Index);
         // Not from the listing, which may be late.
         let mut needing: std::collections::HashMap<[u8; 32], bool> =
             readings.iter().flat_map(|roots| &roots.decaying).map(|digest| (*digest, true)).collect();
-        needing.retain(|_, _| kept);
         needing.extend(readings.iter().flat_map(|roots| roots.indexes.keys()).map(|digest| (*digest, false)));
         let mut parts = pin!(self.inventory.parts(Kind::Index));
         let mut listed = 0;

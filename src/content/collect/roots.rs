@@ -7,7 +7,6 @@ use futures::TryStreamExt;
 
 use super::keep::{self, Candidate};
 use super::{Collector, Damage, Hashes, KindReport, Named, Removed, Step, Verdict, Watch};
-use crate::content::guard::Guard;
 use crate::content::inventory::{Entry, Read, Unreadable};
 use crate::content::name::ImageName;
 use crate::content::{ContentError, digest_of, raw};
@@ -212,10 +211,7 @@ impl Collector {
         }
         let indexes = &roots.indexes;
         roots.decaying.retain(|digest| !indexes.contains_key(digest));
-        if self.rules.guards.hold(Guard::LostRefs) {
-            self.miss_refs(roots, &publishers).await?;
-        }
-        Ok(())
+        self.miss_refs(roots, &publishers).await
     }
 
     /// A layer of a named image without a ref is damage: by its index a ref could be written again, and nothing else keeps that.

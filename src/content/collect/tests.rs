@@ -1,4 +1,5 @@
 //! A fleet to try things on, and what a collection refuses. `cli::fsck::tests::month` is what the fleet does for a month.
 
 pub(crate) mod catalogue;
+mod publishers;
 mod refusals;

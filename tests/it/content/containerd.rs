@@ -40,7 +40,7 @@ pub(super) struct State {
     pub(super) blobs: BTreeMap<String, Vec<u8>>,
     /// Sizes that it claims instead of the real ones.
     claims: BTreeMap<String, i64>,
-    labels: HashMap<String, String>,
+    pub(super) labels: HashMap<String, String>,
     pub(super) images: BTreeMap<String, String>,
     root: Option<PathBuf>,
     leases: BTreeMap<String, (String, Vec<String>)>,

@@ -15,7 +15,7 @@ use speedy::image::Limits;
 use speedy::layer::LayerStore;
 use speedy::layer::attach::Attacher;
 use speedy::object::Objects;
-use speedy::oci::{ChainId, Digest};
+use speedy::oci::{ChainId, DiffId, Digest, Sha256};
 use speedy::snapshot::Timestamp;
 use speedy::snapshot::layers::Layers;
 use speedy::snapshot::metastore::{
@@ -26,7 +26,7 @@ use speedy::snapshot::{Key, Kind, Labels};
 use tokio_util::sync::CancellationToken;
 
 use super::containerd::{Fake, State, start};
-use super::support::{Image, digest, key, node};
+use super::support::{Image, digest, key, layer, node, noise};
 use crate::support::runtime;
 
 const REFERENCE: &str = "registry.example/app:1";
@@ -128,19 +128,31 @@ impl Node {
             now,
         });
         self.meta.applied(active.clone(), choice).await.unwrap();
-        let entry = PublishEntry {
-            chain: layer.chain.clone(),
-            below: layer.below.clone(),
-            namespace: "test".into(),
-            layer: None,
-            added: now,
-            attempts: 0,
-            dropped: None,
-            message: String::new(),
-        };
+        let entry = entry(&layer.chain, layer.below.as_ref());
         let (name, publish) = (committed(&layer.chain), publish.then_some(entry));
         let labels = Labels::new();
         let commit = NewCommit { name, key: active, parent: None, labels, own: Own::Unused, publish, now };
+        self.meta.commit(commit).await.unwrap();
+        self.publisher.wake();
+    }
+
+    /// Prepare and Commit of a first layer whose files another differ wrote.
+    async fn unpack(&self, chain: &ChainId) {
+        let id = self.meta.reserve(1).await.unwrap()[0];
+        let now = Timestamp(1);
+        let key = Key::new(&format!("test/{}/extract-1 {chain}", id.serial)).unwrap();
+        let new = NewSnapshot {
+            id,
+            key: key.clone(),
+            parent: None,
+            kind: Kind::Active,
+            labels: Labels::new(),
+            now,
+        };
+        self.meta.create(new, LayerChoice::Own).await.unwrap();
+        let name = Key::new(&format!("test/{}/{chain}", id.serial)).unwrap();
+        let (labels, publish) = (Labels::new(), Some(entry(chain, None)));
+        let commit = NewCommit { name, key, parent: None, labels, own: Own::Used, publish, now };
         self.meta.commit(commit).await.unwrap();
         self.publisher.wake();
     }
@@ -167,6 +179,19 @@ impl Node {
             ended.unwrap();
         }
         self.meta.close();
+    }
+}
+
+fn entry(chain: &ChainId, below: Option<&ChainId>) -> PublishEntry {
+    PublishEntry {
+        chain: chain.clone(),
+        below: below.cloned(),
+        namespace: "test".into(),
+        layer: None,
+        added: Timestamp(1),
+        attempts: 0,
+        dropped: None,
+        message: String::new(),
     }
 }
 
@@ -314,6 +339,49 @@ fn what_somebody_who_is_trusted_has_named_is_not_named_again() {
             node.stop().await;
         }
     });
+}
+
+/// Layers of which another differ unpacked the files are published from their blobs. These were read as plain tars, so that none that
+/// is compressed was ever published; an encrypted one that begins as gzip does is nobody's layer, and nobody waits for it.
+#[test]
+fn a_blob_is_published_as_its_first_bytes_say_or_given_up_with_the_reason() {
+    let tar = layer(&[("etc/data", b"some data")]);
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(&tar).unwrap();
+    let gzip = gzip.finish().unwrap();
+    let mut encrypted = vec![0; 4000];
+    noise(1, &mut encrypted);
+    encrypted[..10].copy_from_slice(&gzip[..10]);
+    let mut hasher = Sha256::default();
+    hasher.update(&tar);
+    let diff = DiffId(hasher.digest());
+    let chain = ChainId::of(None, &diff);
+    for (blob, published, told) in [(tar, 1, ""), (gzip, 1, ""), (encrypted, 0, "compressed data is damaged")]
+    {
+        runtime().block_on(async {
+            let objects = Objects::memory();
+            let mut state = State::default();
+            state.blobs.insert(digest("blob").to_string(), blob);
+            state.labels.insert("containerd.io/uncompressed".into(), diff.0.to_string());
+            let (_fake, _, sockets, _serving) = start(state).await;
+            let root = tempfile::tempdir().unwrap();
+            let socket = sockets.path().join("containerd.sock");
+            let mut node = Node::open(root.path(), &socket, &objects, key(1), only_own());
+            node.unpack(&chain).await;
+            node.run();
+            node.settle().await;
+            let state = node.publisher.state("auto");
+            assert_eq!((state.layers, state.dropped), (published, 1 - usize::try_from(published).unwrap()));
+            let problems: Vec<_> =
+                state.problems.iter().map(|problem| (problem.retried, &problem.message)).collect();
+            assert_eq!(problems.len(), state.dropped);
+            assert!(
+                problems.iter().all(|(retried, message)| !retried && message.contains(told)),
+                "{problems:?}"
+            );
+            node.stop().await;
+        });
+    }
 }
 
 #[test]

@@ -178,8 +178,8 @@ impl Fleet {
 
     fn node(&self, number: u8, clock: i64, store_clock: i64, seed: u64) -> Node {
         let seen = self.world.seen_by(clock, store_clock);
-        let (slow, guards) = (self.weather.slow, self.weather.guards);
-        let (store, objects) = slow_node(&seen, number, Duration::from_secs(120), seed + 77, slow, guards);
+        let slow = self.weather.slow;
+        let (store, objects) = slow_node(&seen, number, Duration::from_secs(120), seed + 77, slow);
         let mut config = Config {
             root: self.catalogue.root(number),
             containerd: PathBuf::from("/nonexistent/containerd.sock"),
@@ -314,7 +314,7 @@ impl Fleet {
         *node.doing.lock() = "repairing";
         let repair =
             Repair::new(&node.config, &node.objects, &checker, &report, None).expect("the node has a root");
-        let Ok(outcomes) = repair.run(&METER).await else { return Err(Failed) };
+        let Ok(outcomes) = repair.run(None, &METER).await else { return Err(Failed) };
         let became: Vec<(Finding, Outcome)> = report.findings.into_iter().zip(outcomes).collect();
         for (finding, outcome) in &became {
             if *outcome == Outcome::Repaired {

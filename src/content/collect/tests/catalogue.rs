@@ -16,7 +16,6 @@ use crate::chunk::store::{ChunkSink, ChunkStore};
 use crate::chunk::verified::Verified;
 use crate::chunk::{ChunkError, ChunkId, ChunkRef};
 use crate::content::document::Document;
-use crate::content::guard::Guards;
 use crate::content::name::ImageName;
 use crate::content::publish::PublishRequest;
 use crate::content::trust::{PublicKey, PublisherKey, Trust};
@@ -205,7 +204,7 @@ pub(crate) fn keys() -> Vec<PublicKey> {
 }
 
 pub(crate) fn node(objects: &Objects, number: u8, patience: Duration, seed: u64) -> (ContentStore, Objects) {
-    slow_node(objects, number, patience, seed, 7 * HOUR, Guards::default())
+    slow_node(objects, number, patience, seed, 7 * HOUR)
 }
 
 /// One to whom now and then a chunk takes up to so many seconds.
@@ -215,7 +214,6 @@ pub(crate) fn slow_node(
     patience: Duration,
     seed: u64,
     longest: u64,
-    guards: Guards,
 ) -> (ContentStore, Objects) {
     let objects = if patience.is_zero() { objects.clone() } else { objects.patient(patience) };
     let plain = Verified::new(Remote::new(objects.clone()));
@@ -224,5 +222,5 @@ pub(crate) fn slow_node(
         false => Arc::new(Slow { chunks: plain, random: Mutex::new(Random::new(seed)), longest }),
     };
     let parts = Parts { objects: objects.clone(), chunks, key: key(number), trust: Trust::Keys(keys()) };
-    (ContentStore::new(parts, Options { guards, ..Options::default() }), objects)
+    (ContentStore::new(parts, Options::default()), objects)
 }

@@ -202,13 +202,21 @@ async fn a_store_without_a_single_name_is_asked_about() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_clock_that_is_wrong_is_told() {
+async fn a_clock_that_is_wrong_is_told_and_deletes_nothing() {
     let old = old().await;
+    old.remove(0).await;
+    let there = || {
+        let names = old.world.objects().into_iter().map(|(name, _)| name);
+        names.filter(|name| name != layout::COLLECTION).collect::<Vec<String>>()
+    };
+    let before = there();
     let wrong = old.world.seen_by(2 * 3600, 0).patient(Duration::from_secs(600));
     let collector = Collector::new(wrong.clone(), Rules::default()).unwrap();
     let plan = collector.plan(&|_| ()).await.unwrap();
+    assert!(plan.report.dead().objects > 0);
     let refused = collector.execute(&plan, &|_| ()).await.unwrap_err();
     assert!(matches!(refused, CollectError::Content(ContentError::Clock { .. })), "{refused}");
+    assert_eq!(there(), before);
 }
 
 /// Bounded memory does not change what is found.
