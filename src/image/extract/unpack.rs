@@ -31,8 +31,8 @@ impl From<CheckError> for ImageError {
 /// has the image's time. Not synced. The image's metadata must have been accepted by [`crate::image::check`], and its bytes be those
 /// of its chunks. `cancelled` is asked before each file and 64 KiB.
 ///
-/// An image does not tell implied directories from others. Where a directory meets something else below, an extraction would follow a
-/// symlink in one case and replace it in the other: such a layer is refused.
+/// An image does not tell implied directories from others. Where a directory meets a symlink below, an extraction would follow that in
+/// one case and replace it in the other: such a layer is refused.
 pub fn unpack(
     image: &File,
     layout: &Layout,
@@ -117,7 +117,11 @@ impl Unpacking<'_> {
                 self.empty(&parent.child(name).map_err(failed)?, path)?;
             }
             Some(NodeType::Directory) => {}
-            Some(_) => return Err(ImageError::entry(path, EntryFault::NotADirectory)),
+            Some(NodeType::Symlink) => return Err(ImageError::entry(path, EntryFault::NotADirectory)),
+            Some(_) => {
+                self.remove(parent, name, path)?;
+                parent.make_directory(name).map_err(failed)?;
+            }
         }
         set_attributes(&parent.node(name).map_err(failed)?, node, NodeType::Directory, path)?;
         self.times.push((path.to_vec(), node.mtime));
