@@ -124,8 +124,13 @@ fn a_data_device_that_fails_costs_what_was_not_committed() {
     driver.create(&Creation::active(id(1), None)).unwrap();
     commit_one(&driver, || Mounted::of(&driver, &request(id(1), &[], Access::ReadWrite, None)));
     driver.create(&Creation::active(id(2), Some(id(1)))).unwrap();
-    failing.fail("data", true);
-    let refused = driver.fill(id(2), &mut |dir| fs::write(dir.join("more"), vec![8; 2 << 20])).unwrap_err();
+    let refused = driver.fill(id(2), &mut |dir| {
+        fs::write(dir.join("more"), vec![8; 2 << 20])?;
+        // From here to the sync.
+        failing.fail("data", true);
+        Ok(())
+    });
+    let refused = refused.unwrap_err();
     println!("a layer: {refused}");
     assert!(matches!(refused, DriverError::Io { .. }), "{refused:?}");
     failing.fail("data", false);
