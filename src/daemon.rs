@@ -28,7 +28,6 @@ use crate::layer::LayerError;
 use crate::registry::RegistryError;
 use crate::service::{self, About, ServeError, Served, Shown};
 use crate::snapshot::SnapshotError;
-use crate::snapshot::apply::Applier;
 use crate::snapshot::layers::Layers;
 use crate::snapshot::metastore::{self, MetaError, MetaStore};
 use crate::snapshot::reconcile::Room;
@@ -138,13 +137,12 @@ pub async fn run(
     let (layers, content) = (composed.remote.layers.clone(), composed.remote.content.clone());
     let (keeping, scrubber) = (composed.keeping.clone(), composed.scrubber.clone());
     let scrubbed = composed.objects.clone().zip(Some(scrubber.clone()));
-    let limits = remote::limits(config);
-    let applier = Applier::new(Arc::clone(&meta), Arc::clone(&driver), layers.clone(), limits, &config.root);
+    let applier = remote::applier(config, &meta, &driver, layers.clone());
     let snapshotter =
         Arc::new(Snapshotter::new(Arc::clone(&meta), driver, applier, composed.remote, policy(config)));
     snapshotter.start().await.map_err(DaemonError::Recover)?;
 
-    let beside = thin::open_beside(config, policy(config)).await?;
+    let beside = thin::open_beside(config, policy(config), content.clone()).await?;
     let ports = Ports::open(config, content).await?;
     let metrics = Metrics::new(levels::read(&snapshotter, &meta, scrubbed, &config.root, ports.mirror()));
     let (metrics_address, registry_address) = ports.addresses();
@@ -157,7 +155,8 @@ pub async fn run(
     let background = TaskTracker::new();
     let background_stop = CancellationToken::new();
     let _stop_on_error = background_stop.clone().drop_guard();
-    spawn_work(&background, &snapshotter, config, &background_stop);
+    let second = beside.as_ref().map(thin::Beside::snapshotter);
+    spawn_work(&background, &snapshotter, second, config, &background_stop);
     let volumes = beside.as_ref().map(|beside| beside.serve(config, &background, &background_stop));
     scrubber.map(|scrubber| background.spawn(scrubber.run(background_stop.clone())));
     keeping.clone().map(|keeping| background.spawn(keeping.watch(background_stop.clone())));
@@ -205,6 +204,7 @@ async fn end_lazy(layers: &Layers, keeping: Option<&Keeping>) {
 fn spawn_work(
     background: &TaskTracker,
     snapshotter: &Arc<Snapshotter>,
+    beside: Option<Arc<Snapshotter>>,
     config: &Config,
     stop: &CancellationToken,
 ) {
@@ -218,7 +218,9 @@ fn spawn_work(
             watching.images_changed();
         }
         Noticed::Gone => watching.containerd_is(None),
-        Noticed::Removal => watching.removed(),
+        Noticed::Removal => {
+            [Some(&watching), beside.as_ref()].into_iter().flatten().for_each(|one| one.removed())
+        }
         Noticed::Image => watching.images_changed(),
     };
     background.spawn(containerd::events::watch(config.containerd.clone(), tell, stop.clone()));
@@ -292,9 +294,9 @@ fn policy(config: &Config) -> Policy {
 
 fn about(config: &Config, composed: &remote::Composed) -> About {
     let root = config.root.clone();
-    let publish_policy = match composed.remote.content {
-        None => "none",
-        Some(_) => config.publish.policy.as_str(),
+    let publish_policy = match (&composed.remote.content, config.driver) {
+        (Some(_), DriverKind::Overlayfs) => config.publish.policy.as_str(),
+        _ => "none",
     };
     About {
         node: host::name(),

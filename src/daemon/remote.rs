@@ -15,6 +15,7 @@ use crate::content::memory::MemorySource;
 use crate::content::pattern::Pattern;
 use crate::content::trust::{KEY_FILE, PublicKey, PublisherKey, Trust};
 use crate::content::{self, ContentStore};
+use crate::driver::Driver;
 use crate::image::Limits;
 use crate::layer::LayerStore;
 use crate::layer::allowance::Allowance;
@@ -22,6 +23,7 @@ use crate::layer::attach::{AttachError, Attacher, Mode};
 use crate::layer::fill::Supply;
 use crate::layer::lazy::ColdLayers;
 use crate::object::{Objects, Settings, StoreOptions, StoreStats};
+use crate::snapshot::apply::Applier;
 use crate::snapshot::layers::{Layers, Upkeep};
 use crate::snapshot::metastore::MetaStore;
 use crate::snapshot::pins::Pins;
@@ -56,22 +58,46 @@ pub(super) struct Store {
 /// Opens the store, and serves what containers may be waiting for.
 pub(super) fn open_store(config: &Config) -> Result<Store, DaemonError> {
     let layers = Arc::new(LayerStore::at(&config.root));
-    // What a thin volume is made of comes from containerd alone.
-    let stacked = config.driver == DriverKind::Overlayfs;
-    let is_store = stacked && !config.store.is_empty() && !config.store.as_str().starts_with("memory:");
+    let is_store = !config.store.is_empty() && !config.store.as_str().starts_with("memory:");
     let opened = if is_store { Some(open_content(config)?) } else { None };
     let content = opened.map(|(content, objects)| (Arc::new(content), objects));
-    let cold = content.as_ref().map(|(content, _)| {
-        let (layers, content) = (Arc::clone(&layers), Arc::clone(content));
-        let supply = Supply { layers, local: Arc::default(), content, counts: Arc::default() };
-        let limit = Some(config.layers.limit.bytes()).filter(|limit| *limit > 0);
-        Arc::new(ColdLayers::new(supply).with_allowance(Allowance::new(limit)))
-    });
-    let keeping = match (&cold, config.fetch.lazy) {
-        (Some(cold), LazyMode::Auto) => keeping::open(config, cold).map(Arc::new),
+    let limit = Some(config.layers.limit.bytes()).filter(|limit| *limit > 0);
+    let cold = content.as_ref().map(|(content, _)| cold_layers(&layers, content, limit));
+    let keeping = match (&cold, config.fetch.lazy, config.driver) {
+        (Some(cold), LazyMode::Auto, DriverKind::Overlayfs) => keeping::open(config, cold).map(Arc::new),
         _ => None,
     };
     Ok(Store { layers, content, cold, keeping })
+}
+
+fn cold_layers(layers: &Arc<LayerStore>, content: &Arc<ContentStore>, limit: Option<u64>) -> Arc<ColdLayers> {
+    let (layers, content) = (Arc::clone(layers), Arc::clone(content));
+    let supply = Supply { layers, local: Arc::default(), content, counts: Arc::default() };
+    Arc::new(ColdLayers::new(supply).with_allowance(Allowance::new(limit)))
+}
+
+/// What thin volumes below a root of their own are made of: layers of this store.
+pub(super) fn for_volumes(
+    root: &Path,
+    meta: &Arc<MetaStore>,
+    content: Option<Arc<ContentStore>>,
+) -> Result<Remote, DaemonError> {
+    let files = Arc::new(LayerStore::at(root));
+    files.prepare(Attacher::untried(root))?;
+    let cold = content.as_ref().map(|content| cold_layers(&files, content, None));
+    let layers = Some(Arc::new(Layers::new(Arc::clone(meta), files, cold, None)));
+    Ok(Remote { layers, content, ..Remote::default() })
+}
+
+/// Applies layers: they become images, or are written out into volumes.
+pub(super) fn applier(
+    config: &Config,
+    meta: &Arc<MetaStore>,
+    driver: &Arc<dyn Driver>,
+    layers: Option<Arc<Layers>>,
+) -> Applier {
+    let images = layers.filter(|_| config.driver == DriverKind::Overlayfs);
+    Applier::new(Arc::clone(meta), Arc::clone(driver), images, limits(config), &config.root)
 }
 
 /// Composes what `config` asks for.
@@ -81,15 +107,12 @@ pub(super) fn compose(
     blobs: &Blobs,
     store: Store,
 ) -> Result<Composed, DaemonError> {
+    if config.driver == DriverKind::Thin {
+        return compose_for_volumes(config, meta, store);
+    }
     let Store { layers: files, content, cold, keeping } = store;
-    let (can_mount, layer_images) = match config.driver {
-        DriverKind::Overlayfs => prepare_layers(&config.root, &files)?,
-        DriverKind::Thin => (false, "none: snapshots are thin volumes".to_owned()),
-    };
-    let source = match config.store.as_str().starts_with("memory:") {
-        true => MemorySource::open(config.store.as_str())?,
-        false => None,
-    };
+    let (can_mount, layer_images) = prepare_layers(&config.root, &files)?;
+    let source = trial_source(config)?;
     let (content, objects) = content.unzip();
     let lazy = keeping.as_ref().map(|keeping| Arc::clone(&keeping.lazy));
     let upkeep = Upkeep { scrub_rate: config.scrub.rate.bytes(), scrub_every: config.scrub.every.duration() };
@@ -129,6 +152,32 @@ pub(super) fn compose(
     let (remote, lazy) = (Remote { source, layers, content, publisher, traces, pins }, lazy.to_owned());
     let scrubber = objects.as_ref().and_then(|objects| StoreScrubber::new(objects, &config.scrub));
     Ok(Composed { remote, layer_images, lazy, traces: trace_policy, objects, keeping, scrubber })
+}
+
+fn trial_source(config: &Config) -> Result<Option<MemorySource>, DaemonError> {
+    match config.store.as_str().starts_with("memory:") {
+        true => Ok(MemorySource::open(config.store.as_str())?),
+        false => Ok(None),
+    }
+}
+
+/// Volumes are made of what the store has. They are not published, nor read lazily.
+fn compose_for_volumes(
+    config: &Config,
+    meta: &Arc<MetaStore>,
+    store: Store,
+) -> Result<Composed, DaemonError> {
+    let (content, objects) = store.content.unzip();
+    let source = trial_source(config)?;
+    Ok(Composed {
+        remote: Remote { source, ..for_volumes(&config.root, meta, content)? },
+        layer_images: "none: snapshots are thin volumes".to_owned(),
+        lazy: "off: snapshots are thin volumes".to_owned(),
+        traces: "off: snapshots are thin volumes",
+        scrubber: objects.as_ref().and_then(|objects| StoreScrubber::new(objects, &config.scrub)),
+        objects,
+        keeping: None,
+    })
 }
 
 /// A node that cannot mount layer images is a node like any other, without them.

@@ -7,10 +7,10 @@ use tokio_util::task::TaskTracker;
 
 use super::{DaemonError, Root};
 use crate::config::{Config, DriverKind};
+use crate::content::ContentStore;
 use crate::driver::Driver;
-use crate::snapshot::apply::Applier;
 use crate::snapshot::metastore::MetaStore;
-use crate::snapshot::snapshotter::{Policy, Remote, Snapshotter};
+use crate::snapshot::snapshotter::{Policy, Snapshotter};
 
 /// The storage below `config.root`.
 #[cfg(feature = "devicemapper")]
@@ -73,7 +73,11 @@ pub(super) struct Beside {
 }
 
 /// Opens what `thin.root` names, if it names something.
-pub(super) async fn open_beside(config: &Config, policy: Policy) -> Result<Option<Beside>, DaemonError> {
+pub(super) async fn open_beside(
+    config: &Config,
+    policy: Policy,
+    content: Option<Arc<ContentStore>>,
+) -> Result<Option<Beside>, DaemonError> {
     if config.thin.root.as_os_str().is_empty() {
         return Ok(None);
     }
@@ -89,9 +93,9 @@ pub(super) async fn open_beside(config: &Config, policy: Policy) -> Result<Optio
     let config = Config { root: own.clone(), driver: DriverKind::Thin, ..config.clone() };
     let root = Root::open(&config)?.locked().await?;
     let (driver, meta) = super::open_driver(&config).await?;
-    let limits = super::remote::limits(&config);
-    let applier = Applier::new(Arc::clone(&meta), Arc::clone(&driver), None, limits, &config.root);
-    let snapshotter = Snapshotter::new(Arc::clone(&meta), driver, applier, Remote::default(), policy);
+    let applier = super::remote::applier(&config, &meta, &driver, None);
+    let remote = super::remote::for_volumes(&config.root, &meta, content)?;
+    let snapshotter = Snapshotter::new(Arc::clone(&meta), driver, applier, remote, policy);
     let snapshotter = Arc::new(snapshotter);
     snapshotter.start().await.map_err(DaemonError::Recover)?;
     tracing::info!(root = %own.display(), name = config.thin.name, "thin devices beside the main driver");
@@ -99,6 +103,11 @@ pub(super) async fn open_beside(config: &Config, policy: Policy) -> Result<Optio
 }
 
 impl Beside {
+    /// It hears of what happens in containerd as well.
+    pub(super) fn snapshotter(&self) -> Arc<Snapshotter> {
+        Arc::clone(&self.snapshotter)
+    }
+
     /// Its work in the background begins; what is served, under its name.
     pub(super) fn serve(
         &self,

@@ -3,7 +3,8 @@
 //!
 //! **What.** [`extract()`] applies a layer's entries to an overlay's upperdir ([`Whiteouts::Overlay`]) or to a plain
 //! directory ([`Whiteouts::Remove`]), which may hold files already. The result is what [`super::build()`] would show, and
-//! what containerd's applier would have made (`pkg/archive/tar.go`, `tar_unix.go`, `tar_opts_linux.go`, 2.4).
+//! what containerd's applier would have made (`pkg/archive/tar.go`, `tar_unix.go`, `tar_opts_linux.go`, 2.4). [`unpack()`] writes out
+//! a layer image, for snapshots that are volumes.
 //!
 //! **Where.** `stream` and `tar` read the layer; `follow` says which directory a path means, [`crate::sys::beneath`] does
 //! what is asked for in it.
@@ -20,6 +21,7 @@
 //!
 //! **When it fails.** What was written so far stays; the caller throws the directory away, or applies the layer again.
 
+mod unpack;
 mod write;
 
 use std::io::Read;
@@ -29,6 +31,7 @@ use super::limits::Limits;
 use super::{Below, ImageError, Source, stream};
 use crate::oci::DiffId;
 use crate::sys::tree;
+pub use unpack::unpack;
 use write::Extraction;
 
 /// What becomes of whiteouts.

@@ -12,6 +12,7 @@
 //! time-out, not by one for each layer.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,6 +37,8 @@ use crate::oci::ChainId;
 const SMALL: u64 = 4 * 1024 * 1024;
 /// How long the store is left alone after a deadline has passed.
 const REST: Duration = Duration::from_secs(30);
+/// How long it may take to make a volume of a layer.
+const WHOLE: Duration = Duration::from_secs(60);
 /// How long a Prepare may still take once containerd's collector waits for it.
 const HURRY: Duration = Duration::from_millis(600);
 
@@ -85,6 +88,8 @@ pub(super) enum HitError {
         "this node has the layer by another publisher's index; it can be taken when that is unused and gone"
     )]
     OtherIndex,
+    #[error("this node has no room for its {0} bytes while a volume is made of them")]
+    NoRoom(u64),
     #[error("it was asked for without the layers below it")]
     Detached,
     #[error("containerd wants to collect: no more time for the store")]
@@ -112,7 +117,7 @@ impl HitError {
             ) => "damaged",
             HitError::Content(_) => "store",
             HitError::Layer(LayerError::Chunk { .. }) => "store",
-            HitError::Layer(_) | HitError::Snapshot(_) => "node",
+            HitError::Layer(_) | HitError::Snapshot(_) | HitError::NoRoom(_) => "node",
         }
     }
 
@@ -344,6 +349,54 @@ impl Hits {
             None => Ok(()),
             Some(first) => Err(HitError::Incomplete { missing: missing.len(), first: first.id }),
         }
+    }
+
+    /// Waits for what makes a volume of a layer, while a Prepare may.
+    pub(super) async fn in_time<T>(
+        &self,
+        chain: &ChainId,
+        work: impl Future<Output = Result<T, HitError>>,
+    ) -> Result<T, HitError> {
+        let made = tokio::select! {
+            made = work => made,
+            () = tokio::time::sleep(WHOLE) => Err(HitError::Late(WHOLE)),
+            () = self.hurried(Instant::now()) => Err(HitError::Hurried),
+        };
+        if let Err(error) = &made {
+            if error.is_outage() {
+                *self.rest_until.lock() = Some(Instant::now() + REST);
+            }
+            self.answers.lock().keep(chain, error.to_string());
+            *self.lookups.lock().entry(error.kind()).or_default() += 1;
+        }
+        made
+    }
+
+    /// The image of a layer that was found, with all its data, of which each chunk was checked. It is not durable, nor recorded.
+    pub(super) async fn fetch_whole(&self, serial: u64) -> Result<Arc<File>, HitError> {
+        let Some(cold) = self.layers.cold().and_then(|cold| cold.get(serial)) else {
+            return Err(SnapshotError::ShuttingDown.into());
+        };
+        let (store, missing) = (Arc::clone(&self.layers.store), cold.missing());
+        let space =
+            blocking(move || store.space().map_err(|error| LayerError::at(&store.image(serial), error)))
+                .await?;
+        // A tenth stays free.
+        if space.bytes_free.saturating_sub(space.bytes / 10) < missing {
+            return Err(HitError::NoRoom(missing));
+        }
+        cold.fetch(0..cold.index().chunks().len()).await?;
+        Ok(Arc::clone(cold.file()))
+    }
+
+    /// The image of a layer that was found is not needed any more.
+    pub(super) async fn throw_away(&self, hit: Hit) {
+        let Some(id) = hit.reserved else { return };
+        let layers = Arc::clone(&self.layers);
+        if let Err(error) = blocking(move || layers.free(id.serial)).await {
+            tracing::warn!(serial = id.serial, %error, "a layer image is freed later");
+        }
+        self.meta.give_up(id).await;
     }
 
     /// How recording the snapshot that uses the layer ended: the layer's data is fetched from now on, or its Id given up.

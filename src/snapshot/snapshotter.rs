@@ -39,6 +39,7 @@ mod adopt;
 mod report;
 mod storage;
 mod usage;
+mod volume;
 
 /// containerd's label for the directory that holds a snapshot's changes.
 pub const LABEL_UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
@@ -155,6 +156,7 @@ impl Snapshotter {
 
     /// Brings records and storage together. To be awaited before the first call.
     pub async fn start(&self) -> Result<(), SnapshotError> {
+        self.remove_unfinished().await?;
         self.reconciler.start().await?;
         match &self.remote.layers {
             Some(layers) => layers.start().await,

@@ -32,10 +32,10 @@ fn apply(tar: &[u8], dir: &Path, whiteouts: Whiteouts) -> Result<Extracted, Imag
 
 /// Everything that can be seen of a file, but for what differs by nature.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Seen {
-    mode: u32,
+pub(crate) struct Seen {
+    pub(crate) mode: u32,
     owner: (u32, u32),
-    mtime: (i64, i64),
+    pub(crate) mtime: (i64, i64),
     device: u64,
     links: u64,
     content: Vec<u8>,
@@ -57,7 +57,7 @@ fn xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
 }
 
 /// The tree below `top`, without `top` itself.
-fn tree(top: &Path) -> BTreeMap<PathBuf, Seen> {
+pub(crate) fn tree(top: &Path) -> BTreeMap<PathBuf, Seen> {
     let mut found = BTreeMap::new();
     let mut inodes: BTreeMap<u64, PathBuf> = BTreeMap::new();
     let mut directories = vec![top.to_owned()];
@@ -224,10 +224,10 @@ fn files_and_image_of_a_layer_are_the_same() {
 }
 
 /// The same numbers in every run.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, limit: usize) -> usize {
+    pub(crate) fn below(&mut self, limit: usize) -> usize {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -240,7 +240,7 @@ impl Random {
         names.join("/")
     }
 
-    fn item(&mut self) -> Item {
+    pub(crate) fn item(&mut self) -> Item {
         let path = self.path();
         let item = match self.below(16) {
             0..4 => Item::file(&path, &vec![b'x'; [0, 1, 5000][self.below(3)]]),

@@ -29,3 +29,4 @@ mod serve;
 mod takeover;
 #[cfg(feature = "devicemapper")]
 mod thin;
+mod unpack;

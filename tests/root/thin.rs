@@ -23,6 +23,9 @@ use speedy::snapshot::reconcile::{self, Room};
 use speedy::snapshot::snapshotter::{Policy, Remote, Sharing, Snapshotter, UpperdirLabel};
 use speedy::snapshot::{Key, Labels, Prepared};
 
+mod faults;
+mod remote;
+
 use crate::crash::{self, Loop};
 use crate::driver_suite;
 use crate::layers::{Item, Tar};

@@ -290,8 +290,9 @@ pub(super) fn trouble(status: &PoolStatus, metadata: &Path) -> Option<String> {
     let metadata = metadata.display();
     match status.mode {
         Mode::Failed => Some(format!(
-            "the pool has failed: stop everything on it, remove its devices (dmsetup remove), then thin_repair -i {metadata} -o a new \
-             device of the same size, and name that as pool.metadata"
+            "the pool has failed: look at dmesg, stop everything on it, remove its devices (dmsetup remove), then thin_check \
+             --clear-needs-check-flag {metadata} and start again; if the device cannot be read or thin_check finds errors, thin_repair -i \
+             {metadata} -o a new device of the same size, and name that as pool.metadata"
         )),
         _ if status.needs_check => Some(format!(
             "the pool's metadata are to be checked (needs_check): stop everything on it, remove its devices (dmsetup remove), then \

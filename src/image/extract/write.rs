@@ -382,11 +382,11 @@ fn set_attributes(
     set_time(node, entry.mtime, path)
 }
 
-fn set_time(node: &impl Attributed, time: Time, path: &[u8]) -> Result<(), ImageError> {
+pub(super) fn set_time(node: &impl Attributed, time: Time, path: &[u8]) -> Result<(), ImageError> {
     node.set_times(time.seconds, time.nanoseconds).map_err(|source| at(path, source))
 }
 
-fn set_xattrs(
+pub(super) fn set_xattrs(
     set: impl Fn(&[u8], &[u8]) -> io::Result<XattrAnswer>,
     kind: NodeType,
     xattrs: &[Xattr],

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{STAGED_SINCE, Snapshotter};
 use crate::content::memory::{Layer, MemoryError};
-use crate::driver::{Access, Creation, Id, Mount};
+use crate::driver::{Access, Creation, Id, Mount, Storage};
 use crate::oci::ChainId;
 use crate::snapshot::hit::HitError;
 use crate::snapshot::metastore::{Adopted, LayerChoice, NewSnapshot, Record};
@@ -60,6 +60,14 @@ impl Snapshotter {
         }
         let Some(hits) = &self.hits else { return Ok(None) };
         let Some(hit) = hits.find(&request.chain, parent.is_none()).await? else { return Ok(None) };
+        if self.driver.storage() == Storage::Volumes {
+            let made = match there {
+                Some(record) => Ok(record),
+                None => self.make_volume(hits, &hit, request, parent, labels).await,
+            };
+            hits.throw_away(hit).await;
+            return Ok(Some(made?.info.name.clone()));
+        }
         let adopted = match there {
             Some(record) => Ok(record),
             None => match self.stock.take().await {
@@ -85,6 +93,10 @@ impl Snapshotter {
         key: &Key,
         labels: &Labels,
     ) -> Option<Vec<Mount>> {
+        if self.driver.storage() == Storage::Volumes {
+            // Nothing can be put below a volume when it is committed.
+            return None;
+        }
         let version = self.containerd.lock().as_deref().and_then(crate::containerd::numbers);
         if version.is_none_or(|version| version < STAGED_SINCE) {
             return None;
