@@ -49,7 +49,8 @@ def main():
     for row in rows:
         cells = [cell(values[row, c]) if (row, c) in values else "–" for c in columns]
         for _, above, below in ratios:
-            pairs = list(zip(values.get((row, above), []), values.get((row, below), [])))
+            # A delay of nothing has no ratio.
+            pairs = [(a, b) for a, b in zip(values.get((row, above), []), values.get((row, below), [])) if float(b) > 0]
             cells.append(f"**{statistics.median(float(a) / float(b) for a, b in pairs):.2f}**" if pairs else "–")
         print("| " + " | ".join([row, *cells]) + " |")
 

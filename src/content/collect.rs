@@ -8,7 +8,8 @@
 //! **What is needed.** A name needs the refs of its chains, whoever wrote them, and its documents; a ref needs its index, an index its chunks.
 //! A ref that no name covers is needed until it is [`Rules::unnamed`] old: names are written after all layers, which may take days when a store
 //! or a node is away. An index that no ref names is needed until it is [`Rules::grace`] old, with its chunks; a collection *renews the index*
-//! before it deletes the last ref of it. So who found a layer just before its ref went has the grace period to fetch it.
+//! before it deletes the last ref of it. So who found a layer just before its ref went has the grace period to fetch it. (If the store loses
+//! the last ref of a layer that no name has, and its index is older than that, nothing tells that somebody may still be fetching it.)
 //!
 //! **Why it is safe beside publishers, without locks and without conditional writes.** Let *C* be the hour by which two clocks may differ, *L* the
 //! hour by which a listing may be late, *P* the time between a publisher's look at what is there and the ref (or name) that relies on it, bounded by
