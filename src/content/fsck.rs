@@ -10,7 +10,8 @@
 //! signature says. What a newer Speedy wrote is neither: it is told apart ([`Report::newer`]).
 //!
 //! **Invariants.**
-//! * **F1** Nothing is called missing that a listing lacks: listings may be late. Each is asked for by name.
+//! * **F1** Nothing is called missing that a listing lacks: listings may be late. Each is asked for by name; a ref, whose name has a publisher in it,
+//!   for each publisher that was seen. (One that has just begun to publish, of whom a late listing shows nothing, is not known.)
 //! * **F2** Nothing is called missing that nothing names any more: a collection deletes what names before what is named, so what names a
 //!   missing object is looked at again after it was missed.
 //! * **F3** Memory is bounded: by names, refs and a million chunks at a time, whatever the store holds; indexes are read again for each million.
