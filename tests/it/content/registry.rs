@@ -360,7 +360,10 @@ fn fuzz_requests() {
             });
         });
         fuzzed.await.unwrap();
-        assert!(node.switch.asked.lock().iter().all(|url| url == "https://registry-1.docker.io/v2/"));
+        // By the scheme that the path begins with: half of one request may be joined to half of another.
+        let known = ["https://registry-1.docker.io/v2/", "http://registry-1.docker.io/v2/"];
+        let asked = node.switch.asked.lock().clone();
+        assert!(asked.iter().all(|url| known.contains(&url.as_str())), "{asked:?}");
         assert_eq!(node.get(TAG).await.status, 200);
         node.stop().await;
     });
