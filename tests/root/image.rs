@@ -41,12 +41,15 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        let at = self.dir.path().join("at");
-        let umount = || Command::new("umount").arg(&at).output().is_ok_and(|output| output.status.success());
-        // Children that other tests start hold our open files until they become their programs.
-        let busy = (0..100).take_while(|_| !umount()).map(|_| sleep(Duration::from_millis(20))).count();
-        assert!(busy < 100, "{} is still in use", at.display());
+        umount(&self.dir.path().join("at"));
     }
+}
+
+/// Children that other tests start hold our open files until they become their programs.
+fn umount(at: &Path) {
+    let umount = || Command::new("umount").arg(at).output().is_ok_and(|output| output.status.success());
+    let busy = (0..100).take_while(|_| !umount()).map(|_| sleep(Duration::from_millis(20))).count();
+    assert!(busy < 100 || std::thread::panicking(), "{} is still in use", at.display());
 }
 
 fn run(command: &mut Command) {
@@ -79,7 +82,7 @@ fn mounted(image: &Path, at: &Path) -> Tree {
         assert_eq!(names, ["fs"]);
         seen::in_directory(&at.join("fs"))
     });
-    run(Command::new("umount").arg(at));
+    umount(at);
     tree.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
