@@ -121,7 +121,11 @@ func (c *contender) used(t *testing.T) uint64 {
 
 func row(title string, all []*contender, of func(*contender) []float64) {
 	a, b := median(of(all[0])), median(of(all[1]))
-	fmt.Printf("| %s | %.1f | %.1f | **%.2f** |\n", title, a, b, b/a)
+	ratio := "–" // there is none to nothing
+	if a >= 0.05 {
+		ratio = fmt.Sprintf("**%.2f**", b/a)
+	}
+	fmt.Printf("| %s | %.1f | %.1f | %s |\n", title, a, b, ratio)
 }
 
 func median(values []float64) float64 {
