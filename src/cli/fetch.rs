@@ -11,8 +11,8 @@ use indicatif::HumanBytes;
 use serde_json::{Value, json};
 
 use super::long::{self, Display};
-use super::publish::source::find_image;
-use super::{Settings, hosts, namespace_or_default};
+use super::publish::source::{connect, find_image};
+use super::{Settings, hosts, namespace_or_default, platform_or_host};
 use crate::config::Effective;
 use crate::containerd::image::Image;
 use crate::containerd::manifest::{Descriptor, Platform};
@@ -72,13 +72,8 @@ struct Blob {
 /// Fetches and answers what to print.
 async fn fetch(socket: &Path, arguments: &Arguments) -> anyhow::Result<String> {
     let start = Instant::now();
-    let platform = match &arguments.platform {
-        Some(text) => Platform::parse(text)?,
-        None => Platform::host(),
-    };
-    let client = Containerd::open(socket, &namespace_or_default(arguments.namespace.clone())).await;
-    let client = client
-        .with_context(|| format!("{}; is containerd running, and is this its socket?", socket.display()))?;
+    let platform = platform_or_host(arguments.platform.as_deref())?;
+    let client = connect(socket, &namespace_or_default(arguments.namespace.clone())).await?;
     let image = find_image(&client, &arguments.image).await?;
     let (hosts, user) = (arguments.hosts_dir.as_deref(), arguments.user.as_deref());
     let wanted = to_fetch(&image.name, &image.target.digest, &platform, hosts, user)?;

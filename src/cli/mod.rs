@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::config::{self, Effective, Flags};
+use crate::containerd::manifest::Platform;
 use crate::telemetry;
 
 mod ask;
@@ -322,6 +323,11 @@ fn form(json: bool) -> ask::Form {
 fn namespace_or_default(given: Option<String>) -> String {
     let from_environment = || std::env::var("CONTAINERD_NAMESPACE").ok().filter(|name| !name.is_empty());
     given.or_else(from_environment).unwrap_or_else(|| "default".to_owned())
+}
+
+/// The platform of an image: as given, else this machine's.
+fn platform_or_host(given: Option<&str>) -> anyhow::Result<Platform> {
+    Ok(given.map(Platform::parse).transpose()?.unwrap_or_else(Platform::host))
 }
 
 fn print(text: &str) -> std::io::Result<()> {

@@ -14,7 +14,7 @@ use clap::Args;
 use self::show::{Meter, Shown};
 use self::source::{Image, Source};
 use self::work::{Present, Work};
-use super::{Settings, ask, long, namespace_or_default, trust};
+use super::{Settings, ask, long, namespace_or_default, platform_or_host, trust};
 use crate::chunk::ChunkId;
 use crate::chunk::merged::Merged;
 use crate::chunk::remote::Remote;
@@ -92,10 +92,7 @@ async fn publish(effective: &Effective, arguments: &Arguments, start: Instant) -
         .mode(0o700)
         .create(&temp)
         .with_context(|| temp.display().to_string())?;
-    let platform = match &arguments.platform {
-        Some(text) => Platform::parse(text)?,
-        None => Platform::host(),
-    };
+    let platform = platform_or_host(arguments.platform.as_deref())?;
     let mut source = match (&arguments.oci_layout, &arguments.docker_archive) {
         (Some(layout), _) => Source::layout(layout)?,
         (None, Some(archive)) => Source::archive(archive)?,

@@ -212,10 +212,9 @@ impl LayerStore {
     }
 
     /// The same for who only looks: of each chunk whether the map vouches for it; nothing if there is none of this boot.
-    pub fn vouched_for(&self, serial: u64, index: &LayerIndex) -> Option<Vec<bool>> {
+    pub fn vouched_for(&self, serial: u64, index: IndexDigest, chunks: usize) -> Option<Vec<bool>> {
         let map = std::fs::read(self.map(serial)).ok()?;
-        let digest = IndexDigest::of(&index.encode());
-        presence::read(&map, digest.as_bytes(), index.chunks().len(), presence::boot_id().ok()?)
+        presence::read(&map, index.as_bytes(), chunks, presence::boot_id().ok()?)
     }
 
     /// A complete layer image needs no map. Of no consequence if it fails.

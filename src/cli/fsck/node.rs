@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::show::Meter;
 use crate::chunk::{ChunkId, MAX_CHUNK};
 use crate::config::Config;
-use crate::content::index::{LayerIndex, Limits};
+use crate::content::index::{IndexDigest, LayerIndex, Limits};
 use crate::layer::{self, LayerStore};
 use crate::sys::blocking;
 
@@ -103,12 +103,13 @@ fn look(store: &LayerStore, serial: u64, quick: bool, rate: u64) -> Looked {
     let whole = store.is_complete(serial);
     let opened = if whole { store.read(serial) } else { store.read_any(serial) };
     let Ok(file) = opened else { return Looked::Gone };
-    let index = store.read_index(serial).and_then(|bytes| LayerIndex::decode(&bytes, Limits::default()).ok());
-    let Some(index) = index else { return Looked::WithoutIndex };
+    let Some(bytes) = store.read_index(serial) else { return Looked::WithoutIndex };
+    let Ok(index) = LayerIndex::decode(&bytes, Limits::default()) else { return Looked::WithoutIndex };
+    let map = || store.vouched_for(serial, IndexDigest::of(&bytes), index.chunks().len());
     let checked = |bytes, problem| Looked::Checked { whole, bytes, problem };
     let here = match whole {
         true => vec![true; index.chunks().len()],
-        false => match store.vouched_for(serial, &index) {
+        false => match map() {
             Some(here) => here,
             None => return Looked::Unvouched,
         },
@@ -128,7 +129,7 @@ fn look(store: &LayerStore, serial: u64, quick: bool, rate: u64) -> Looked {
     }
     if !wrong.is_empty() && !whole {
         // What was given up or doubted meanwhile says so in the map, before its bytes go.
-        let here = store.vouched_for(serial, &index).unwrap_or_default();
+        let here = map().unwrap_or_default();
         wrong.retain(|at| here.get(*at) == Some(&true));
     }
     let count = wrong.len();

@@ -13,8 +13,8 @@ use anyhow::Context as _;
 
 use super::repair::Repair;
 use super::show::Meter;
+use crate::cli::publish::source::connect;
 use crate::cli::{fetch, publish};
-use crate::containerd::Containerd;
 use crate::containerd::image::Image;
 use crate::containerd::lease::expires_in;
 use crate::containerd::manifest::{Descriptor, Platform};
@@ -48,8 +48,7 @@ impl Repair<'_> {
         let named = self.content().find_name(reference, platform).await?;
         let named = named.context("nobody whose word this node takes says what it is")?.image;
         let (platform, digest) = (Platform::parse(platform)?, named.target);
-        let client = Containerd::open(&self.config().containerd, NAMESPACE).await;
-        let client = client.with_context(|| self.config().containerd.display().to_string())?;
+        let client = connect(&self.config().containerd, NAMESPACE).await?;
         let record = Image {
             name: digest.to_string(),
             target: Descriptor { media_type: named.target_media_type, digest, size: 0 },

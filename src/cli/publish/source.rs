@@ -49,10 +49,7 @@ pub(super) enum Source {
 
 impl Source {
     pub(super) async fn containerd(socket: &Path, namespace: &str) -> anyhow::Result<Source> {
-        let client = Containerd::open(socket, namespace).await;
-        let client = client.with_context(|| {
-            format!("{}; is containerd running, and is this its socket?", socket.display())
-        })?;
+        let client = connect(socket, namespace).await?;
         let content = client.content_root().await;
         Ok(Source::Containerd { client, content, lease: format!("speedy-publish-{}", std::process::id()) })
     }
@@ -182,6 +179,12 @@ impl Source {
             Source::Archive { .. } => bail!("an archive has no blobs by digest"),
         }
     }
+}
+
+/// A client of the containerd that listens there.
+pub(in crate::cli) async fn connect(socket: &Path, namespace: &str) -> anyhow::Result<Containerd> {
+    let client = Containerd::open(socket, namespace).await;
+    client.with_context(|| format!("{}; is containerd running, and is this its socket?", socket.display()))
 }
 
 /// The image that containerd knows by this name, short or full; an error that says what may have been meant.
