@@ -146,9 +146,10 @@ test_blobs_encrypted_layers() {
     need_speedy
     store=$(file_store)
     fresh_fleet "$store"
+    # Under the name that containerd's own configuration has for this media type: of two that accept one, it takes either.
     cat >"$N/conf.d/decrypt.toml" <<END
 version = 3
-[stream_processors."test"]
+[stream_processors."io.containerd.ocicrypt.decoder.v1.tar.gzip"]
   accepts = ["application/vnd.oci.image.layer.v1.tar+gzip+encrypted"]
   returns = "application/vnd.oci.image.layer.v1.tar+gzip"
   path = "$(command -v python3)"
