@@ -21,6 +21,7 @@ use parking_lot::Mutex;
 use zstd::bulk::{Compressor, Decompressor};
 
 use super::MAX_CHUNK;
+use crate::sys::direct::Blocks;
 
 /// Bytes before the chunk's.
 pub const HEADER: usize = 12;
@@ -64,11 +65,6 @@ pub enum CodecError {
 /// A context for compressing takes some 5 MB at this level, so there are as many as compress at once, not one for each thread that
 /// ever did: the threads of a runtime that may block are dozens.
 static COMPRESSORS: Mutex<Vec<Compressor<'static>>> = Mutex::new(Vec::new());
-
-/// Memory of chunks that are done with, 24 MiB at most, of chunks of this length.
-static KEPT: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
-const MOST_KEPT: usize = 24;
-const WORTH_KEEPING: usize = 64 << 10;
 
 thread_local! {
     // 160 KB: one for each thread that ever needs it.
@@ -143,47 +139,15 @@ pub fn can_have(size: u64, length: Option<u32>) -> bool {
     size == header + length || (header + 1..=header + length - length / 20).contains(&size)
 }
 
-/// Memory for the bytes of a chunk. It is used again: the kernel takes longer to give new pages than zstd to fill them.
-#[derive(Debug)]
-struct Plain(Vec<u8>);
-
-impl Plain {
-    fn take(length: usize) -> Plain {
-        if length < WORTH_KEEPING {
-            return Plain(Vec::with_capacity(length));
-        }
-        let mut kept = KEPT.lock();
-        let fits = kept.iter().position(|plain| plain.capacity() >= length);
-        let plain = fits.map(|at| kept.swap_remove(at));
-        Plain(plain.unwrap_or_else(|| Vec::with_capacity(length.next_power_of_two())))
-    }
-}
-
-impl AsRef<[u8]> for Plain {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-impl Drop for Plain {
-    fn drop(&mut self) {
-        let mut kept = KEPT.lock();
-        if self.0.capacity() >= WORTH_KEEPING && kept.len() < MOST_KEPT {
-            self.0.clear();
-            kept.push(std::mem::take(&mut self.0));
-        }
-    }
-}
-
 fn decompress(body: &[u8], length: u32) -> Result<Bytes, CodecError> {
     let failed = |error: std::io::Error| CodecError::Zstd(error.to_string());
-    let mut plain = Plain::take(length as usize);
+    let mut plain = Blocks::take(length as usize);
     let found = DECOMPRESSOR.with_borrow_mut(|kept| {
         let decompressor = match kept {
             Some(decompressor) => decompressor,
             None => kept.insert(Decompressor::new().map_err(failed)?),
         };
-        decompressor.decompress_to_buffer(body, &mut plain.0).map_err(failed)
+        decompressor.decompress_to_buffer(body, plain.as_mut()).map_err(failed)
     })?;
     if found as u64 != u64::from(length) {
         return Err(CodecError::Length { found: found as u64, expected: length });

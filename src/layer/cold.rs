@@ -27,29 +27,30 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, TryStreamExt, future};
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::LayerError;
 use super::allowance::Allowance;
-use super::fill::{FillProgress, Supplier, Supply};
+use super::fill::{FillProgress, Supply};
 use super::gate::{Gate, Urgency};
 use super::presence::{Earlier, Presence};
 use crate::chunk::{ChunkId, ChunkRef};
 use crate::content::index::LayerIndex;
 use crate::sys::blocking;
-use crate::sys::extent;
 
 mod ahead;
 pub mod eviction;
+mod landing;
 mod verify;
 
 use ahead::Ahead;
+use landing::{Bits, Way, Writing};
 
 /// How many chunks of one layer are on their way at once: 32 of half a MiB keep a link of 1 Gbit/s and 40 ms busy.
 const AT_ONCE: usize = 32;
-/// After how many bytes the disk is given something to do: it would stand still until the end else.
-const WRITEBACK: u64 = 16 << 20;
+/// A fill that takes longer is looked at again as a whole when it is done.
+const SEEN_LATELY: Duration = Duration::from_secs(30);
 /// How long a read waits for a store that does not give its chunk.
 const DEADLINE: Duration = Duration::from_secs(60);
 /// How long one waits for a chunk that the store says it does not have, or has wrong.
@@ -79,8 +80,10 @@ pub struct Cold {
     allowance: Arc<Allowance>,
     /// Taken for writing by whoever gives chunks up.
     reading: RwLock<()>,
-    /// A bit for each chunk that was read of late.
-    seen: Vec<AtomicU64>,
+    /// Those that were read of late.
+    seen: Bits,
+    /// Those that the disk was seen to have; not worth anything once they were given up.
+    on_disk: Bits,
     last_read: AtomicU64,
     /// The chunks of data, and which of them is looked at next when some are given up.
     data: Range<usize>,
@@ -147,7 +150,6 @@ impl Cold {
             presence.map_or((None, Earlier::Believed), |(map, earlier)| (Some(map), earlier));
         let chunks = index.chunks().len();
         let data = 1..index.metadata_places().nth(1).unwrap_or(chunks).max(1);
-        let seen = (0..chunks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         let cold = Cold {
             serial,
             index,
@@ -164,7 +166,8 @@ impl Cold {
             unwritten: AtomicU64::new(0),
             allowance,
             reading: RwLock::new(()),
-            seen,
+            seen: Bits::new(chunks),
+            on_disk: Bits::new(chunks),
             last_read: AtomicU64::new(clock()),
             data,
             hand: AtomicUsize::new(0),
@@ -210,9 +213,7 @@ impl Cold {
     /// Nobody knows any more what its file holds: an fsync failed. Nothing is read from it from now on, nor written to it.
     pub fn distrust(&self) {
         self.distrusted.store(true, Ordering::Release);
-        if let Some(presence) = &self.presence {
-            (0..presence.chunks()).for_each(|at| presence.clear(at));
-        }
+        (0..self.index.chunks().len()).for_each(|at| self.doubt(at));
     }
 
     /// Whether that has happened.
@@ -313,11 +314,12 @@ impl Cold {
         let (mut pause, longest) = PAUSES;
         let began = Instant::now();
         loop {
-            let error = match tokio::time::timeout_at(until, self.chunk(at, Urgency::Demand)).await {
-                Ok(Ok((bytes, _))) => return Ok(bytes),
-                Ok(Err(error)) => error,
-                Err(_) => self.unavailable(crate::content::ContentError::TooLate),
-            };
+            let error =
+                match tokio::time::timeout_at(until, self.chunk(at, Urgency::Demand, &Way::Cached)).await {
+                    Ok(Ok((bytes, _))) => return Ok(bytes),
+                    Ok(Err(error)) => error,
+                    Err(_) => self.unavailable(crate::content::ContentError::TooLate),
+                };
             let until = if error.is_outage() { until } else { until.min(began + HOPELESS) };
             if Instant::now() + pause >= until {
                 tracing::error!(serial = self.serial, %error, "a read of a layer fails: its data cannot be had");
@@ -338,6 +340,7 @@ impl Cold {
         self: &Arc<Self>,
         at: usize,
         urgency: Urgency,
+        way: &Way,
     ) -> Result<(Option<Bytes>, Option<Writing>), LayerError> {
         if self.has(at) {
             return Ok((None, None));
@@ -352,7 +355,7 @@ impl Cold {
         let room = self.gate.room(chunk.length, urgency).await;
         let got = self.supply.get(chunk).await;
         let (bytes, supplier) = got.map_err(|source| self.unavailable(source))?;
-        Ok((Some(bytes.clone()), self.keep(at, (bytes, supplier), room)))
+        Ok((Some(bytes.clone()), self.keep(at, (bytes, supplier), way.clone(), room)))
     }
 
     /// Whether the file has the right bytes of a chunk after all; it is present then.
@@ -379,76 +382,13 @@ impl Cold {
         }
     }
 
-    /// Holds a checked chunk in memory until it is written.
-    fn keep(
-        self: &Arc<Self>,
-        at: usize,
-        (bytes, supplier): (Bytes, Supplier),
-        room: Option<OwnedSemaphorePermit>,
-    ) -> Option<Writing> {
-        let (offset, _) = self.index.chunk(at);
-        {
-            let mut memory = self.memory.lock();
-            if self.has(at) || memory.contains_key(&at) {
-                return None;
-            }
-            memory.insert(at, bytes.clone());
-        }
-        let this = Arc::clone(self);
-        Some(tokio::task::spawn_blocking(move || {
-            let written = this.write(&bytes, offset);
-            match &written {
-                Ok(()) => {
-                    let counter = match supplier {
-                        Supplier::Store => &this.progress.fetched,
-                        Supplier::Node => &this.progress.shared,
-                    };
-                    this.count(at, counter);
-                    this.write_back(bytes.len() as u64);
-                }
-                // Over the allowance, most probably.
-                Err(error) if error.kind() == std::io::ErrorKind::QuotaExceeded => {}
-                Err(error) if !this.full.swap(true, Ordering::AcqRel) => {
-                    tracing::error!(serial = this.serial, %error, "a layer cannot be kept; it is read from the store as it is wanted");
-                }
-                Err(_) => {}
-            }
-            this.memory.lock().remove(&at);
-            drop(room);
-            written.map_err(|error| LayerError::at(&this.path, error))
-        }))
-    }
-
-    fn write_back(&self, bytes: u64) {
-        if self.unwritten.fetch_add(bytes, Ordering::Relaxed) + bytes >= WRITEBACK {
-            self.unwritten.store(0, Ordering::Relaxed);
-            extent::begin_writing(&self.file);
-        }
-    }
-
-    /// Writes a checked chunk, if it may.
-    fn write(&self, bytes: &Bytes, offset: u64) -> std::io::Result<()> {
-        let length = bytes.len() as u64;
-        if self.is_distrusted() {
-            return Err(std::io::Error::other("an fsync of it failed"));
-        }
-        if self.is_held() {
-            self.allowance.add(length);
-        } else if !self.allowance.take(length) {
-            return Err(std::io::ErrorKind::QuotaExceeded.into());
-        }
-        let written = self.file.write_all_at(bytes, offset);
-        self.allowance.landed(length, written.is_ok());
-        written
-    }
-
     /// Makes these chunks present, because somebody waits for all of them; returns when they are in the file. Not synced.
     pub async fn fetch(self: &Arc<Self>, chunks: impl IntoIterator<Item = usize>) -> Result<(), LayerError> {
         let _all_is_kept = self.hold();
         let missing: Vec<usize> = chunks.into_iter().filter(|at| !self.has(*at)).collect();
         futures::stream::iter(missing)
             // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
-            .map(|at| self.make_present(at, Urgency::Demand).boxed())
+            .map(|at| self.make_present(at, Urgency::Demand, &Way::Cached).boxed())
             .buffer_unordered(AT_ONCE)
             .try_collect::<()>()
             .await
@@ -459,7 +399,7 @@ impl Cold {
         if self.memory.lock().contains_key(&at) {
             return Ok(0);
         }
-        let (bytes, _) = self.chunk(at, Urgency::Ahead).await?;
+        let (bytes, _) = self.chunk(at, Urgency::Ahead, &Way::Cached).await?;
         Ok(if bytes.is_some() { self.index.chunk(at).1.length } else { 0 })
     }
 
@@ -467,29 +407,34 @@ impl Cold {
     pub async fn fill(self: &Arc<Self>) -> Result<(), LayerError> {
         let _all_is_kept = self.hold();
         let claims = Claims { claimed: Mutex::new(HashSet::new()), from: AtomicUsize::new(0) };
-        let began = Instant::now();
+        let (began, past) = (Instant::now(), self.way_past().await);
         let worker = |_| async {
             loop {
                 // Before looking: what is expected from then on wakes it.
                 let moved = self.moved.notified();
-                let (at, _turn) = match self.claim(&claims, true) {
-                    Some(at) => (at, self.gate.next().await),
+                let (at, _turn, way) = match self.claim(&claims, true) {
+                    Some(at) => (at, self.gate.next().await, &Way::Cached),
                     None if self.is_claimed(&claims) => return Ok(()),
                     None => tokio::select! {
                         () = moved => continue,
                         turn = self.gate.rest(self.serial, began) => match self.claim(&claims, false) {
-                            Some(at) => (at, turn),
+                            Some(at) => (at, turn, &past),
                             None => continue,
                         },
                     },
                 };
-                let made = self.make_present(at, Urgency::Ahead).await;
+                let made = self.make_present(at, Urgency::Ahead, way).await;
                 claims.claimed.lock().remove(&at);
                 made?;
             }
         };
         let workers = (0..AT_ONCE).map(|number| worker(number).boxed());
-        future::try_join_all(workers).await.map(drop)
+        let filled: Result<Vec<()>, LayerError> = future::try_join_all(workers).await;
+        filled?;
+        if began.elapsed() > SEEN_LATELY {
+            self.on_disk.clear_all();
+        }
+        Ok(())
     }
 
     /// What a reader will want next is fetched before the rest.
@@ -526,9 +471,14 @@ impl Cold {
         (from..self.index.chunks().len()).all(|at| self.has(at) || claimed.contains(&at))
     }
 
-    async fn make_present(self: &Arc<Self>, at: usize, urgency: Urgency) -> Result<(), LayerError> {
+    async fn make_present(
+        self: &Arc<Self>,
+        at: usize,
+        urgency: Urgency,
+        way: &Way,
+    ) -> Result<(), LayerError> {
         loop {
-            match self.chunk(at, urgency).await? {
+            match self.chunk(at, urgency, way).await? {
                 (None, _) => break,
                 (Some(_), Some(writing)) => {
                     let gone = |error: tokio::task::JoinError| LayerError::at(&self.path, error.into());
@@ -555,5 +505,3 @@ fn clock() -> u64 {
     static BEGAN: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
     u64::try_from(BEGAN.get_or_init(std::time::Instant::now).elapsed().as_millis()).unwrap_or(u64::MAX)
 }
-
-type Writing = tokio::task::JoinHandle<Result<(), LayerError>>;

@@ -52,38 +52,6 @@ pub fn copy_range(from: &File, from_at: u64, to: &File, to_at: u64, length: u64)
     Ok(true)
 }
 
-/// A file past the page cache, where its file system can, with memory that suits.
-#[derive(Debug)]
-pub struct Direct {
-    file: File,
-    memory: Vec<u8>,
-}
-
-impl Direct {
-    const ALIGNED: usize = 4096;
-
-    /// Opens a file once more, whatever its name is by now, to be read in pieces of at most `longest` bytes.
-    pub fn open(file: &File, longest: usize) -> io::Result<Direct> {
-        use std::os::unix::fs::OpenOptionsExt;
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let mut options = std::fs::OpenOptions::new();
-        let file = match options.read(true).custom_flags(libc::O_DIRECT).open(&path) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => File::open(&path),
-            opened => opened,
-        }?;
-        Ok(Direct { file, memory: vec![0; longest + Direct::ALIGNED] })
-    }
-
-    /// The bytes from `offset` on; both multiples of 4096.
-    pub fn read(&mut self, offset: u64, length: usize) -> io::Result<&[u8]> {
-        use std::os::unix::fs::FileExt;
-        let start = self.memory.as_ptr().align_offset(Direct::ALIGNED);
-        let place = self.memory.get_mut(start..start + length).ok_or(io::ErrorKind::InvalidInput)?;
-        self.file.read_exact_at(place, offset)?;
-        Ok(place)
-    }
-}
-
 /// Has the kernel begin to write what is not on the disk yet. Nothing is durable for it, but a sync later on has less to do; its
 /// errors are that sync's.
 pub fn begin_writing(file: &File) {

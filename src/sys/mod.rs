@@ -9,6 +9,7 @@ pub mod beneath;
 pub mod blockdev;
 mod blocking;
 pub mod decimal;
+pub mod direct;
 pub mod extent;
 pub mod fdpass;
 pub mod fuse;

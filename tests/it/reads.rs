@@ -158,6 +158,10 @@ fn what_the_disk_changed_is_found_before_it_is_used_and_fetched_again() {
         let node = some_layer(dir.path()).await;
         let layer = node.begin(7).await;
         layer.fill().await.unwrap();
+        drop(layer);
+        // What was read back when it was written is not looked at again by the same process, unless its fill took long.
+        let index = Arc::clone(&node.index);
+        let layer = node.again().open(7, || Some(index)).unwrap();
         layer.file().write_all_at(&[0xff; 8], node.index.chunk(2).0 + 4096).unwrap();
         layer.file().sync_all().unwrap();
         layer.verify().await.unwrap_err();
@@ -165,6 +169,23 @@ fn what_the_disk_changed_is_found_before_it_is_used_and_fetched_again() {
         layer.fill().await.unwrap();
         layer.verify().await.unwrap();
     });
+}
+
+#[test]
+fn a_fill_that_took_long_is_looked_at_as_a_whole() {
+    use std::os::unix::fs::FileExt;
+    for (delay, finds) in [(5, false), (40_000, true)] {
+        let paused = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+        paused.unwrap().block_on(async {
+            let dir = tempfile::tempdir().unwrap();
+            let node = some_layer(dir.path()).await;
+            let layer = node.begin(7).await;
+            node.store.delay.store(delay, Ordering::SeqCst);
+            layer.fill().await.unwrap();
+            layer.file().write_all_at(&[0xff; 8], node.index.chunk(2).0 + 4096).unwrap();
+            assert_eq!(layer.verify().await.is_err(), finds, "{delay} ms for a chunk");
+        });
+    }
 }
 
 /// A file whose map is lost, as after a reboot: what is in it is hashed, not believed, and not fetched again.

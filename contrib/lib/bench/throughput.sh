@@ -123,10 +123,8 @@ limits() {
     hash=$((268435456 / $(timed b3sum --num-threads 1 "$sample") / 1000))
     record "BLAKE3, one core" "MB/s" "$hash"
     record "SHA-256 (openssl), one core" "MB/s" "$((268435456 / $(timed openssl dgst -sha256 "$sample") / 1000))"
-    record "disk, written by dd and synced" "MB/s" "$((1073741824 / $(timed dd if=/dev/zero of="$W/zeros" bs=4M count=256 conv=fdatasync) / 1000))"
-    cold
-    record "disk, read" "MB/s" "$((1073741824 / $(timed dd if="$W/zeros" of=/dev/null bs=4M) / 1000))"
-    rm "$W/zeros" "$sample"
+    rm "$sample"
+    disk_limits
     same_objects "$2" "$decompress" "$hash"
     python3 "$REPO/contrib/lib/s3.py" speed "s3://${SPEEDY_STORE#s3://}-speed" >"$W/speed"
     record "Ceph, 8 puts of 1 MiB at once (stored bytes)" "MB/s" "$(cut -d' ' -f1 "$W/speed")"
@@ -134,9 +132,24 @@ limits() {
     record "link (stored bytes)" "MB/s" "$((MBIT / 8))"
 }
 
+# disk_limits: through the page cache and past it, as a fetch writes and reads back. DISK_SPENT is what the latter two take of the
+# processors, in seconds a GiB.
+disk_limits() {
+    local file=$W/zeros before past="disk, past the page cache in 512 KiB pieces"
+    record "disk, written by dd and synced" "MB/s" "$((1073741824 / $(timed dd if=/dev/zero of="$file" bs=4M count=256 conv=fdatasync) / 1000))"
+    rm "$file"
+    cold
+    before=$(processor_time)
+    record "$past, written" "MB/s" "$((1073741824 / $(timed dd if=/dev/zero of="$file" bs=512K count=2048 oflag=direct conv=fdatasync) / 1000))"
+    record "$past, read" "MB/s" "$((1073741824 / $(timed dd if="$file" of=/dev/null bs=512K iflag=direct) / 1000))"
+    DISK_SPENT=$(spent_since "$before")
+    rm "$file"
+}
+
 # same_objects ENDPOINT DECOMPRESS HASH: what the gateway gives for the very chunks that a fetch takes, as many requests at once as it has
 # threads, to a client that checks and writes nothing; directly and through the link. And what the processors give, which store and client
-# share: were they busy all the time with nothing but that, and with decompressing and hashing each byte once, at so many MB a second each.
+# share: were they busy all the time with nothing but that, with decompressing and hashing each byte once, at so many MB a second each, and
+# with writing it to the disk and reading it back once.
 same_objects() {
     local url=$SPEEDY_STORE-link-$ROUNDS way row address stored took turn before spent
     link_post "link?mbit=$MBIT&delay=$DELAY"
@@ -152,9 +165,9 @@ same_objects() {
             before=$(processor_time)
             took=$(timed take_all "$stored")
             spent=$(spent_since "$before")
-            record "$way, processors: for curl's run, and to decompress and hash each byte once, plain bytes" "MB/s" \
-                "$(awk -v mb="$((PLAIN / 1000000))" -v spent="$spent" -v d="$2" -v h="$3" -v n="$(nproc)" \
-                    'BEGIN { printf "%d", mb / ((spent + mb / d + mb / h) / n) }')"
+            record "$way, processors: for curl's run, and to decompress, hash, write and read back each byte once, plain bytes" "MB/s" \
+                "$(awk -v mb="$((PLAIN / 1000000))" -v spent="$spent" -v d="$2" -v h="$3" -v disk="$DISK_SPENT" -v n="$(nproc)" \
+                    'BEGIN { printf "%d", mb / ((spent + mb / d + mb / h + mb * disk / 1073.741824) / n) }')"
             record "$row, stored bytes" "MB/s" "$((stored / took / 1000))"
             record "$row, plain bytes" "MB/s" "$((PLAIN / took / 1000))"
             note "turn $turn: $way: $stored bytes in $(wc -l <"$W/chunks") objects by curl in $(seconds_of "$took") s"

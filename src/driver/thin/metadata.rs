@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io;
 
 use super::table::METADATA_BLOCK;
-use crate::sys::extent::Direct;
+use crate::sys::direct::{Blocks, Direct};
 
 const MAGIC: u64 = 27_022_010;
 const INTERNAL: u32 = 1;
@@ -67,10 +67,10 @@ pub(super) struct Reader {
 
 impl Reader {
     pub(super) fn open(device: &File) -> io::Result<Reader> {
-        Ok(Reader { device: Direct::open(device, block_length())?, nodes: 0 })
+        Ok(Reader { device: Direct::open(device)?, nodes: 0 })
     }
 
-    fn block(&mut self, number: u64) -> io::Result<&[u8]> {
+    fn block(&mut self, number: u64) -> io::Result<Blocks> {
         self.nodes += 1;
         let offset = number.checked_mul(METADATA_BLOCK).filter(|_| self.nodes <= MOST_NODES);
         self.device.read(offset.ok_or_else(|| damaged("too many nodes"))?, block_length())
@@ -79,10 +79,10 @@ impl Reader {
     /// What the device holds.
     pub(super) fn superblock(&mut self) -> io::Result<Superblock> {
         let block = self.block(0)?;
-        if block.iter().all(|byte| *byte == 0) {
+        if block.as_ref().iter().all(|byte| *byte == 0) {
             return Ok(Superblock::Blank);
         }
-        Ok(roots(block).map_or(Superblock::Foreign, Superblock::Pool))
+        Ok(roots(block.as_ref()).map_or(Superblock::Foreign, Superblock::Pool))
     }
 
     /// The roots of the copy that the kernel keeps at the moment; `None` if it keeps none.
@@ -91,7 +91,7 @@ impl Reader {
         if live.kept == 0 {
             return Ok(None);
         }
-        roots(self.block(live.kept)?).map(Some).ok_or_else(|| damaged("the kept superblock"))
+        roots(self.block(live.kept)?.as_ref()).map(Some).ok_or_else(|| damaged("the kept superblock"))
     }
 
     /// All thin devices.
@@ -134,6 +134,7 @@ impl Reader {
         let mut todo = vec![(root, 0)];
         while let Some((number, depth)) = todo.pop() {
             let block = self.block(number)?;
+            let block = block.as_ref();
             let (flags, entries, room) = (half(block, 4), half(block, 16), half(block, 20));
             let size = if flags == INTERNAL { 8 } else { value_size };
             let (entries, room) = (length(entries), length(room));

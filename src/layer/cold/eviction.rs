@@ -49,17 +49,13 @@ impl Cold {
     pub(super) fn mark_read(&self, chunks: impl Iterator<Item = usize>) {
         self.last_read.store(super::clock(), Ordering::Relaxed);
         for at in chunks {
-            let (word, bit) = (&self.seen[at / 64], 1 << (at % 64));
-            if word.load(Ordering::Relaxed) & bit == 0 {
-                word.fetch_or(bit, Ordering::Relaxed);
-            }
+            self.seen.set(at);
         }
     }
 
     /// Whether a chunk was read since this was asked last.
     fn was_read(&self, at: usize) -> bool {
-        let bit = 1 << (at % 64);
-        self.seen[at / 64].fetch_and(!bit, Ordering::Relaxed) & bit != 0
+        self.seen.clear(at)
     }
 
     /// Gives up chunks of data until that frees so many bytes, if there are as many; how many it were. Metadata stays. Blocking.
@@ -88,7 +84,7 @@ impl Cold {
             if !presence.has(at) || self.is_held() {
                 return 0;
             }
-            presence.clear(at);
+            self.doubt(at);
             extent::punch(&self.file, offset..offset + length)
         };
         self.progress.evicted.fetch_add(length, Ordering::Relaxed);

@@ -109,8 +109,8 @@ impl Layers {
             let began = Instant::now();
             cold.fill().await?;
             let fetched = began.elapsed();
-            // Checked bytes in the page cache are as good as any for a container that starts now: only the record, which says that
-            // nothing need be hashed after a crash, waits for the disk.
+            // Checked bytes in the file are as good as any for a container that starts now: only the record, which says that nothing
+            // need be hashed after a crash, waits for the disk.
             fill.state.send_replace(State::Usable);
             self.sync(&cold).await?;
             let synced = began.elapsed();

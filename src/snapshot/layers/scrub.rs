@@ -10,12 +10,12 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{FillError, Layers, Progress};
-use crate::chunk::{ChunkId, ChunkRef, MAX_CHUNK};
+use crate::chunk::{ChunkId, ChunkRef};
 use crate::content::index::LayerIndex;
 use crate::layer::LayerError;
 use crate::snapshot::metastore::LayerRecord;
 use crate::snapshot::stock::blocking;
-use crate::sys::extent::Direct;
+use crate::sys::direct::Direct;
 
 /// How often it is looked whether there is something to check.
 const LOOK: Duration = Duration::from_secs(60);
@@ -66,15 +66,14 @@ impl Layers {
         let path = self.store.image(serial);
         let opened = self.store.read(serial)?;
         let at_path = |error| LayerError::at(&path, error);
-        let mut disk = Direct::open(&opened, MAX_CHUNK as usize).map_err(at_path)?;
+        let mut disk = Direct::open(&opened).map_err(at_path)?;
         drop(opened);
         let mut damaged = Vec::new();
         for (at, (offset, chunk)) in index.chunks().enumerate() {
             let began = Instant::now();
             let path = path.clone();
             let read = move || {
-                let right =
-                    is_right(&mut disk, offset, chunk).map_err(|error| LayerError::at(&path, error))?;
+                let right = is_right(&disk, offset, chunk).map_err(|error| LayerError::at(&path, error))?;
                 Ok::<_, LayerError>((disk, right))
             };
             let (back, right) = blocking(read).await?;
@@ -93,9 +92,9 @@ impl Layers {
 }
 
 /// An error of the disk is damage, too.
-fn is_right(disk: &mut Direct, offset: u64, chunk: ChunkRef) -> std::io::Result<bool> {
+fn is_right(disk: &Direct, offset: u64, chunk: ChunkRef) -> std::io::Result<bool> {
     match disk.read(offset, chunk.length as usize) {
-        Ok(found) => Ok(ChunkId::of(found) == chunk.id),
+        Ok(found) => Ok(ChunkId::of(found.as_ref()) == chunk.id),
         Err(error) if error.raw_os_error() == Some(5) => Ok(false),
         Err(error) => Err(error),
     }
