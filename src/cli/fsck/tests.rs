@@ -26,6 +26,7 @@ use crate::image::{self, Compression, Facts, Limits, NothingBelow};
 use crate::layer::LayerStore;
 use crate::oci::ChainId;
 
+mod beside;
 mod month;
 
 /// A byte somewhere in an object.
