@@ -39,7 +39,9 @@ pub(super) struct Arguments {
     /// Nothing publishes to this store and nothing pulls from it meanwhile: the grace period may be shorter
     #[arg(long)]
     alone: bool,
-    /// Collect although objects are damaged: what only they need is deleted
+    /// Collect although objects are damaged or missing: what only they need is deleted, and images that need that with it
+    ///
+    /// For what `speedy fsck --repair` brings back on no node. What is found damaged only when it is executed stops it all the same.
     #[arg(long)]
     ignore_damage: bool,
     /// Collect although not one image has a name
@@ -108,7 +110,8 @@ async fn collect(effective: &Effective, arguments: &Arguments) -> anyhow::Result
     })
 }
 
-fn show(line: &Display, Step { doing, done, total }: Step) {
+/// Says on a terminal how far it is.
+pub(super) fn show(line: &Display, Step { doing, done, total }: Step) {
     line.set_message(match (done, total) {
         (0, 0) => doing.to_owned(),
         (_, 0) => format!("{doing}: {}", HumanCount(done)),
@@ -165,10 +168,10 @@ fn human(report: &Report, freed: Option<&Freed>, arguments: &Arguments, objects:
     for damage in report.damage.iter().take(MOST_SHOWN) {
         line(format!("unreadable: {}: {}", damage.name, damage.problem));
     }
-    let grace = arguments.grace.as_secs() / 3600;
+    let grace = HumanDuration(arguments.grace);
     if report.later().objects > 0 {
         line(format!(
-            "what goes later is kept for {grace} h after a collection, for nodes that have just begun to fetch it"
+            "what goes later is kept for {grace} after a collection, for nodes that have just begun to fetch it"
         ));
     }
     line(match freed {

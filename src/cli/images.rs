@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use indicatif::HumanBytes;
 use serde_json::{Value, json};
 
-use super::gc::ago;
+use super::gc::{self, ago};
 use super::long::{self, Display};
 use super::{Settings, print, publish};
 use crate::config::Effective;
@@ -84,7 +84,7 @@ async fn look(effective: &Effective, json: bool, removal: Option<Removal>) -> an
     let config = publish::with_store(&effective.config).await?;
     let objects = publish::open_objects(&config)?;
     let shown = Display::spinner(json);
-    let survey = Survey::of(objects.clone()).await?;
+    let survey = Survey::of(objects.clone(), &|step| gc::show(&shown, step)).await?;
     drop(shown);
     let now = objects.now();
     let Some(removal) = removal else {

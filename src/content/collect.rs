@@ -41,8 +41,10 @@
 //!
 //! **When it fails.** A store that holds something of a newer version is left alone, one that holds something damaged, or lacks the ref of a
 //! layer of a named image (the index that would make another one is needed by nothing else), too, unless it is told
-//! otherwise: what a damaged object needs cannot be known, and a repair may want it. Every failure of the store ends the collection where it
-//! is; what was deleted is deleted rightly.
+//! otherwise: what a damaged object needs cannot be known, and a repair may want it. Even then only that is ignored which plan and execution
+//! both find damaged: a single answer may have been damaged on its way. A repair of an index beside it sees the notice, and publishes
+//! the layer's chunks again ([`super::restore`]). Every failure of the store ends the collection where it is; what was deleted is
+//! deleted rightly.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -145,6 +147,16 @@ pub enum CollectError {
         /// How many.
         count: usize,
         /// One of them.
+        name: String,
+        /// What is said of it.
+        problem: String,
+    },
+    /// Something that the plan could still read.
+    #[error(
+        "{name} is damaged or missing ({problem}), and was not when this collection was planned: nothing of what it needs was deleted; run it again"
+    )]
+    DamagedSince {
+        /// The object.
         name: String,
         /// What is said of it.
         problem: String,

@@ -72,7 +72,7 @@ async fn a_collection_that_is_killed_is_run_again() {
         tokio::time::sleep(Duration::from_millis(20 + round * 60)).await;
         running.kill().unwrap();
         running.wait().unwrap();
-        let survey = Survey::of(objects.clone()).await.unwrap();
+        let survey = Survey::of(objects.clone(), &|_| ()).await.unwrap();
         assert!(survey.images.len() == 1 && survey.images[0].is_complete(), "{survey:?}");
         if round == ROUNDS / 2 {
             // The refs are gone by now; what they needed is young, or may go.
@@ -84,7 +84,7 @@ async fn a_collection_that_is_killed_is_run_again() {
     let left = json(gc(&store, &root, &[]));
     assert_eq!((&left["dead"]["objects"], &left["later"]["objects"]), (&0.into(), &0.into()), "{left}");
     assert_eq!(left["executed"], false);
-    let survey = Survey::of(objects).await.unwrap();
+    let survey = Survey::of(objects, &|_| ()).await.unwrap();
     assert!(survey.images[0].is_complete() && survey.unused_bytes == 0, "{survey:?}");
 }
 
