@@ -11,10 +11,28 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
+const VERBS: [&str; 15] = [
+    "serve",
+    "keeper",
+    "check",
+    "publish",
+    "fetch",
+    "gc",
+    "images",
+    "fsck",
+    "trust",
+    "config",
+    "status",
+    "layers",
+    "explain",
+    "completion",
+    "man",
+];
+
 #[test]
 fn help_names_every_verb() {
     let help = String::from_utf8(speedy(&["--help"]).stdout).unwrap();
-    for verb in ["serve", "keeper", "check", "fetch", "config", "completion", "man"] {
+    for verb in VERBS {
         assert!(help.contains(&format!("\n  {verb} ")), "{verb} is not in\n{help}");
     }
 }
@@ -35,12 +53,18 @@ fn the_keepers_help_teaches() {
 #[test]
 fn completion_and_manual_are_printed() {
     for shell in ["bash", "zsh", "fish"] {
-        let script = speedy(&["completion", shell]);
-        assert!(script.status.success() && script.stdout.len() > 500, "{shell}");
+        let script = String::from_utf8(speedy(&["completion", shell]).stdout).unwrap();
+        for word in VERBS.iter().chain(&["from-registry", "ignore-damage", "hosts"]) {
+            assert!(script.contains(word), "{shell} completes no {word}");
+        }
     }
     let page = String::from_utf8(speedy(&["man"]).stdout).unwrap();
     assert!(page.starts_with(".ie") || page.contains(".TH speedy"), "{page}");
     assert!(page.contains("speedy config hosts") && page.contains("plain\\-http"), "the verbs below verbs");
+    for verb in VERBS {
+        assert!(page.contains(&format!("speedy {verb}")), "the manual has no {verb}");
+    }
+    assert!(page.contains("from\\-registry") && page.contains("ignore\\-damage"), "{page}");
 }
 
 #[test]
