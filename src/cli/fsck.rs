@@ -12,7 +12,6 @@ use self::show::Meter;
 use super::{Settings, long, print, publish};
 use crate::config::{ByteSize, Config};
 use crate::content::fsck::{Checker, Options, Report};
-use crate::object::{Objects, layout};
 
 mod node;
 mod registry;
@@ -121,7 +120,8 @@ async fn check(config: &Config, arguments: &Arguments) -> anyhow::Result<Found> 
         None => 0,
     };
     let objects = publish::open_impatient(config)?;
-    answers(&objects).await?;
+    // That it does not answer is told soon.
+    publish::must_exist(config, &objects.within(FIRST_ANSWER)).await?;
     let objects = objects.patient(PATIENCE);
     let checker = Checker::new(objects.clone(), Options { quick: arguments.quick, rate });
     let meter = Meter::new(arguments.json);
@@ -142,12 +142,6 @@ async fn check(config: &Config, arguments: &Arguments) -> anyhow::Result<Found> 
     };
     meter.end();
     Ok(Found { store, outcomes, node })
-}
-
-/// Whether the store can be asked at all, told soon.
-async fn answers(objects: &Objects) -> anyhow::Result<()> {
-    let asked = objects.within(FIRST_ANSWER).stat(layout::STORE).await;
-    Ok(asked.map(drop)?)
 }
 
 #[cfg(test)]

@@ -83,6 +83,7 @@ pub(super) fn run(effective: &Effective, arguments: Arguments) -> anyhow::Result
 async fn look(effective: &Effective, json: bool, removal: Option<Removal>) -> anyhow::Result<String> {
     let config = publish::with_store(&effective.config).await?;
     let objects = publish::open_objects(&config)?;
+    publish::must_exist(&config, &objects).await?;
     let shown = Display::spinner(json);
     let survey = Survey::of(objects.clone(), &|step| gc::show(&shown, step)).await?;
     drop(shown);
@@ -164,7 +165,7 @@ fn human(survey: &Survey, now: i64) -> String {
         size(survey.unused_bytes)
     ));
     if survey.unreadable > 0 {
-        text.push_str(&format!("{} names cannot be read: speedy fsck says why\n", survey.unreadable));
+        text.push_str(&format!("names that cannot be read: {}; speedy fsck says why\n", survey.unreadable));
     }
     text
 }

@@ -24,6 +24,7 @@ use crate::containerd::manifest::Platform;
 use crate::daemon;
 
 use crate::content::{ContentStore, Options, Parts};
+use crate::object::layout::{Kind, STORE};
 use crate::object::{Objects, Settings as StoreSettings, StoreOptions};
 
 mod archive;
@@ -149,6 +150,22 @@ pub(super) fn open_objects(config: &Config) -> anyhow::Result<Objects> {
 pub(super) fn open_impatient(config: &Config) -> anyhow::Result<Objects> {
     let options = StoreOptions { settings: StoreSettings::from_env(), ..StoreOptions::default() };
     Ok(Objects::open(config.store.as_str(), &options)?)
+}
+
+/// An error if nothing is there: mostly another store is meant, or its file system is not mounted, and neither is a sound store.
+pub(super) async fn must_exist(config: &Config, objects: &Objects) -> anyhow::Result<()> {
+    if objects.stat(STORE).await?.is_some() {
+        return Ok(());
+    }
+    for kind in Kind::ALL {
+        if !objects.list(kind.prefix(), 1).await?.is_empty() {
+            return Ok(());
+        }
+    }
+    bail!(
+        "there is nothing at {}: nothing was published to it yet, or it is not mounted, or another store is meant",
+        config.store.as_str()
+    )
 }
 
 fn open_store(config: &Config) -> anyhow::Result<ContentStore> {

@@ -119,12 +119,13 @@ pub enum CollectError {
     Content(#[from] ContentError),
     /// A grace period that publishers cannot keep up with.
     #[error(
-        "a grace period of {hours} h is shorter than publishers need (48 h): give a longer one, or --alone if nothing publishes to this store \
-         and nothing pulls from it meanwhile"
+        "a grace period of {} is shorter than publishers need (48h): give a longer one, or --alone if nothing publishes to this store \
+         and nothing pulls from it meanwhile",
+        keep::spelled(*grace)
     )]
     ShortGrace {
         /// The period.
-        hours: u64,
+        grace: Duration,
     },
     /// Objects that only a newer version can read.
     #[error(
@@ -377,7 +378,7 @@ impl Collector {
     /// On this store; waits for it as long as `objects` does.
     pub fn new(objects: Objects, rules: Rules) -> Result<Collector, CollectError> {
         if !rules.alone && rules.grace < LEAST_GRACE {
-            return Err(CollectError::ShortGrace { hours: rules.grace.as_secs() / 3600 });
+            return Err(CollectError::ShortGrace { grace: rules.grace });
         }
         // A ref is given up no sooner than anything else.
         let rules = Rules { unnamed: rules.unnamed.max(rules.grace), ..rules };

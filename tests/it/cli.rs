@@ -116,3 +116,26 @@ fn a_root_that_holds_something_else_is_refused_and_not_touched() {
     assert!(stderr(&output).contains("not a metadata file of Speedy"), "{}", stderr(&output));
     assert_eq!(std::fs::read_dir(&root).unwrap().count(), 2);
 }
+
+/// A store whose file system was not mounted was clean, and had no images.
+#[test]
+fn a_store_that_is_not_there_is_not_called_sound() {
+    let dir = tempfile::tempdir().unwrap();
+    let top = dir.path().join("store");
+    let (store, root) = (format!("file://{}", top.display()), dir.path().join("root"));
+    let ask = |verb: &str| {
+        let flags = ["--root", root.to_str().unwrap(), "--containerd", "/nonexistent", "--store", &store];
+        speedy(&[&[verb], &flags[..]].concat())
+    };
+    for (verb, code) in [("fsck", 2), ("images", 1), ("gc", 1)] {
+        let output = ask(verb);
+        assert_eq!(output.status.code(), Some(code), "{verb}: {output:?}");
+        assert!(stderr(&output).contains(&format!("there is nothing at {store}")), "{output:?}");
+    }
+    // Its description is lost, and something is left.
+    let hash = "ab".repeat(32);
+    std::fs::create_dir_all(top.join("refs/ab").join(&hash)).unwrap();
+    std::fs::write(top.join("refs/ab").join(hash).join("0123456789abcdef"), "no ref").unwrap();
+    let output = ask("fsck");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+}
