@@ -24,8 +24,6 @@ const DAMAGED: u8 = 1;
 /// Nothing can be said, or not of everything.
 const CANNOT_TELL: u8 = 2;
 
-/// How long a store that does not answer is asked before that is said.
-const FIRST_ANSWER: Duration = Duration::from_secs(20);
 /// How long it may be away once it has answered.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -119,10 +117,7 @@ async fn check(config: &Config, arguments: &Arguments) -> anyhow::Result<Found> 
         Some(text) => ByteSize::parse(text).map_err(anyhow::Error::msg).context("--rate")?.bytes(),
         None => 0,
     };
-    let objects = publish::open_impatient(config)?;
-    // That it does not answer is told soon.
-    publish::must_exist(config, &objects.within(FIRST_ANSWER)).await?;
-    let objects = objects.patient(PATIENCE);
+    let objects = publish::open_existing(config, PATIENCE).await?;
     let checker = Checker::new(objects.clone(), Options { quick: arguments.quick, rate });
     let meter = Meter::new(arguments.json);
     let store = checker.check(&|progress| meter.show(progress)).await?;

@@ -93,9 +93,10 @@ struct Collected {
 
 async fn collect(effective: &Effective, arguments: &Arguments) -> anyhow::Result<String> {
     let config = publish::with_store(&effective.config).await?;
-    let objects = publish::open_objects(&config)?;
-    let collector = Collector::new(objects.clone(), arguments.rules(&config.gc.keep)?)?;
-    publish::must_exist(&config, &objects).await?;
+    let rules = arguments.rules(&config.gc.keep)?;
+    rules.check()?;
+    let objects = publish::open_existing(&config, publish::PATIENCE).await?;
+    let collector = Collector::new(objects.clone(), rules)?;
     let shown = Display::spinner(arguments.json);
     let watch = |step: Step| show(&shown, step);
     let mut plan = collector.plan(&watch).await?;

@@ -82,8 +82,7 @@ pub(super) fn run(effective: &Effective, arguments: Arguments) -> anyhow::Result
 
 async fn look(effective: &Effective, json: bool, removal: Option<Removal>) -> anyhow::Result<String> {
     let config = publish::with_store(&effective.config).await?;
-    let objects = publish::open_objects(&config)?;
-    publish::must_exist(&config, &objects).await?;
+    let objects = publish::open_existing(&config, publish::PATIENCE).await?;
     let shown = Display::spinner(json);
     let survey = Survey::of(objects.clone(), &|step| gc::show(&shown, step)).await?;
     drop(shown);

@@ -111,6 +111,16 @@ impl Default for Rules {
     }
 }
 
+impl Rules {
+    /// An error if publishers could not keep up with them.
+    pub fn check(&self) -> Result<(), CollectError> {
+        match !self.alone && self.grace < LEAST_GRACE {
+            true => Err(CollectError::ShortGrace { grace: self.grace }),
+            false => Ok(()),
+        }
+    }
+}
+
 /// Why nothing was deleted.
 #[derive(Debug, thiserror::Error)]
 pub enum CollectError {
@@ -377,9 +387,7 @@ pub struct Collector {
 impl Collector {
     /// On this store; waits for it as long as `objects` does.
     pub fn new(objects: Objects, rules: Rules) -> Result<Collector, CollectError> {
-        if !rules.alone && rules.grace < LEAST_GRACE {
-            return Err(CollectError::ShortGrace { grace: rules.grace });
-        }
+        rules.check()?;
         // A ref is given up no sooner than anything else.
         let rules = Rules { unnamed: rules.unnamed.max(rules.grace), ..rules };
         Ok(Collector { inventory: Inventory::new(objects), rules, most_marks: MOST_MARKS })

@@ -117,6 +117,28 @@ fn a_root_that_holds_something_else_is_refused_and_not_touched() {
     assert_eq!(std::fs::read_dir(&root).unwrap().count(), 2);
 }
 
+/// Two minutes went by in silence.
+#[test]
+fn a_store_that_does_not_answer_is_told_soon() {
+    let dir = tempfile::tempdir().unwrap();
+    for (verb, code) in [("fsck", 2), ("images", 1), ("gc", 1)] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_speedy"));
+        command
+            .args([verb, "--store", "s3://bucket/prefix", "--containerd", "/nonexistent", "--root"])
+            .arg(dir.path());
+        command.env_clear().env("AWS_ENDPOINT_URL", "http://127.0.0.1:1").env("AWS_ALLOW_HTTP", "true");
+        command
+            .env("AWS_ACCESS_KEY_ID", "x")
+            .env("AWS_SECRET_ACCESS_KEY", "y")
+            .env("AWS_REGION", "us-east-1");
+        let began = std::time::Instant::now();
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{verb}: {output:?}");
+        assert!(stderr(&output).contains("store is not reachable"), "{output:?}");
+        assert!(began.elapsed().as_secs() < 30, "{verb}: {:?}", began.elapsed());
+    }
+}
+
 /// A store whose file system was not mounted was clean, and had no images.
 #[test]
 fn a_store_that_is_not_there_is_not_called_sound() {
