@@ -43,7 +43,7 @@
 //! layer of a named image (the index that would make another one is needed by nothing else), too, unless it is told
 //! otherwise: what a damaged object needs cannot be known, and a repair may want it. Even then only that is ignored which plan and execution
 //! both find damaged: a single answer may have been damaged on its way. A repair of an index beside it sees the notice, and publishes
-//! the layer's chunks again ([`super::restore`]). Every failure of the store ends the collection where it is; what was deleted is
+//! the layer's chunks again (`super::restore`). Every failure of the store ends the collection where it is; what was deleted is
 //! deleted rightly.
 
 use std::collections::{HashMap, HashSet};
