@@ -12,7 +12,6 @@ use self::show::Meter;
 use super::{Settings, long, print, publish};
 use crate::config::{ByteSize, Config};
 use crate::content::fsck::{Checker, Options, Report};
-use crate::object::{Objects, layout};
 
 mod node;
 mod registry;
@@ -25,8 +24,6 @@ const DAMAGED: u8 = 1;
 /// Nothing can be said, or not of everything.
 const CANNOT_TELL: u8 = 2;
 
-/// How long a store that does not answer is asked before that is said.
-const FIRST_ANSWER: Duration = Duration::from_secs(20);
 /// How long it may be away once it has answered.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -120,9 +117,7 @@ async fn check(config: &Config, arguments: &Arguments) -> anyhow::Result<Found> 
         Some(text) => ByteSize::parse(text).map_err(anyhow::Error::msg).context("--rate")?.bytes(),
         None => 0,
     };
-    let objects = publish::open_impatient(config)?;
-    answers(&objects).await?;
-    let objects = objects.patient(PATIENCE);
+    let objects = publish::open_existing(config, PATIENCE).await?;
     let checker = Checker::new(objects.clone(), Options { quick: arguments.quick, rate });
     let meter = Meter::new(arguments.json);
     let store = checker.check(&|progress| meter.show(progress)).await?;
@@ -142,12 +137,6 @@ async fn check(config: &Config, arguments: &Arguments) -> anyhow::Result<Found> 
     };
     meter.end();
     Ok(Found { store, outcomes, node })
-}
-
-/// Whether the store can be asked at all, told soon.
-async fn answers(objects: &Objects) -> anyhow::Result<()> {
-    let asked = objects.within(FIRST_ANSWER).stat(layout::STORE).await;
-    Ok(asked.map(drop)?)
 }
 
 #[cfg(test)]

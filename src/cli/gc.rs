@@ -39,7 +39,9 @@ pub(super) struct Arguments {
     /// Nothing publishes to this store and nothing pulls from it meanwhile: the grace period may be shorter
     #[arg(long)]
     alone: bool,
-    /// Collect although objects are damaged: what only they need is deleted
+    /// Collect although objects are damaged or missing: what only they need is deleted, and images that need that with it
+    ///
+    /// For what `speedy fsck --repair` brings back on no node. What is found damaged only when it is executed stops it all the same.
     #[arg(long)]
     ignore_damage: bool,
     /// Collect although not one image has a name
@@ -80,35 +82,54 @@ pub(super) fn run(effective: &Effective, arguments: &Arguments) -> anyhow::Resul
     Ok(ExitCode::SUCCESS)
 }
 
+/// What came of it.
+struct Collected {
+    report: Report,
+    /// Nothing if it was a dry run.
+    freed: Option<Freed>,
+    /// Why a dry run's plan would not be executed.
+    refused: Option<String>,
+}
+
 async fn collect(effective: &Effective, arguments: &Arguments) -> anyhow::Result<String> {
     let config = publish::with_store(&effective.config).await?;
-    let objects = publish::open_objects(&config)?;
-    let collector = Collector::new(objects.clone(), arguments.rules(&config.gc.keep)?)?;
+    let rules = arguments.rules(&config.gc.keep)?;
+    rules.check()?;
+    let objects = publish::open_existing(&config, publish::PATIENCE).await?;
+    let collector = Collector::new(objects.clone(), rules)?;
     let shown = Display::spinner(arguments.json);
     let watch = |step: Step| show(&shown, step);
     let mut plan = collector.plan(&watch).await?;
+    let checked = collector.check(&plan);
     let report = plan.report.clone();
-    let mut freed: Option<Freed> = None;
-    if arguments.execute {
+    let collected = if arguments.execute {
+        checked?;
+        let mut freed = Freed::default();
         for _ in 0..ROUNDS {
-            let more = collector.execute(&plan, &watch).await?;
-            let unfinished = more.unfinished;
-            freed.get_or_insert_default().add(&more);
-            if !unfinished {
+            // Publishers are not made to wait for nothing.
+            if plan.report.dead().objects == 0 {
+                break;
+            }
+            freed.add(&collector.execute(&plan, &watch).await?);
+            if !freed.unfinished {
                 break;
             }
             plan = collector.plan(&watch).await?;
         }
         objects.tidy(LEFT).await?;
-    }
+        Collected { report, freed: Some(freed), refused: None }
+    } else {
+        Collected { report, freed: None, refused: checked.err().map(|refused| refused.to_string()) }
+    };
     drop(shown);
     Ok(match arguments.json {
-        true => format!("{}\n", serde_json::to_string_pretty(&to_json(&report, freed.as_ref(), arguments))?),
-        false => human(&report, freed.as_ref(), arguments, &objects),
+        true => format!("{}\n", serde_json::to_string_pretty(&to_json(&collected, arguments))?),
+        false => human(&collected, arguments, &objects),
     })
 }
 
-fn show(line: &Display, Step { doing, done, total }: Step) {
+/// Says on a terminal how far it is.
+pub(super) fn show(line: &Display, Step { doing, done, total }: Step) {
     line.set_message(match (done, total) {
         (0, 0) => doing.to_owned(),
         (_, 0) => format!("{doing}: {}", HumanCount(done)),
@@ -139,8 +160,8 @@ fn amount(tally: Tally) -> String {
     }
 }
 
-fn human(report: &Report, freed: Option<&Freed>, arguments: &Arguments, objects: &Objects) -> String {
-    let now = objects.now();
+fn human(collected: &Collected, arguments: &Arguments, objects: &Objects) -> String {
+    let (report, now) = (&collected.report, objects.now());
     let mut text = String::new();
     let mut line = |words: String| {
         text.push_str(&words);
@@ -165,32 +186,42 @@ fn human(report: &Report, freed: Option<&Freed>, arguments: &Arguments, objects:
     for damage in report.damage.iter().take(MOST_SHOWN) {
         line(format!("unreadable: {}: {}", damage.name, damage.problem));
     }
-    let grace = arguments.grace.as_secs() / 3600;
+    let grace = keep::spelled(arguments.grace);
     if report.later().objects > 0 {
         line(format!(
-            "what goes later is kept for {grace} h after a collection, for nodes that have just begun to fetch it"
+            "what goes later is kept for {grace} after a collection, for nodes that have just begun to fetch it"
         ));
     }
-    line(match freed {
-        None if report.dead().objects == 0 => "nothing to delete".to_owned(),
-        None => format!("would delete {}; run it with --execute to do so", amount(report.dead())),
-        Some(freed) => {
+    line(last_line(collected));
+    text
+}
+
+fn last_line(Collected { report, freed, refused }: &Collected) -> String {
+    match (freed, refused) {
+        (None, Some(refused)) => format!("--execute would refuse to delete anything: {refused}"),
+        (None, None) if report.dead().objects == 0 => "nothing to delete".to_owned(),
+        (None, None) => format!("would delete {}; run it with --execute to do so", amount(report.dead())),
+        (Some(freed), _) => {
             let spared = match freed.spared {
                 0 => String::new(),
                 spared => format!("; {spared} became needed or young meanwhile and stay"),
             };
             let unfinished = if freed.unfinished { "; there is more, run it again" } else { "" };
-            format!("deleted {}{spared}{unfinished}", amount(freed.total()))
+            let deleted = match freed.total() {
+                Tally { objects: 0, .. } => "nothing was to be deleted".to_owned(),
+                total => format!("deleted {}", amount(total)),
+            };
+            format!("{deleted}{spared}{unfinished}")
         }
-    });
-    text
+    }
 }
 
 fn tally_json(tally: Tally) -> Value {
     json!({ "objects": tally.objects, "bytes": tally.bytes })
 }
 
-fn to_json(report: &Report, freed: Option<&Freed>, arguments: &Arguments) -> Value {
+fn to_json(collected: &Collected, arguments: &Arguments) -> Value {
+    let report = &collected.report;
     let kind = |found: &KindReport| {
         json!({
             "kind": word(found.kind),
@@ -211,7 +242,7 @@ fn to_json(report: &Report, freed: Option<&Freed>, arguments: &Arguments) -> Val
             "why": image.why,
         })
     };
-    let freed = freed.map(|freed| {
+    let freed = collected.freed.as_ref().map(|freed| {
         let kinds: serde_json::Map<String, Value> =
             freed.kinds.iter().map(|(kind, tally)| (word(*kind).to_owned(), tally_json(*tally))).collect();
         json!({ "total": tally_json(freed.total()), "kinds": kinds, "spared": freed.spared, "unfinished": freed.unfinished })
@@ -225,6 +256,7 @@ fn to_json(report: &Report, freed: Option<&Freed>, arguments: &Arguments) -> Val
         "dead": tally_json(report.dead()),
         "later": tally_json(report.later()),
         "unreadable": report.damage.iter().map(|damage| json!({ "name": damage.name, "problem": damage.problem })).collect::<Vec<_>>(),
+        "refused": collected.refused,
         "freed": freed,
     })
 }

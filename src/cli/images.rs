@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use indicatif::HumanBytes;
 use serde_json::{Value, json};
 
-use super::gc::ago;
+use super::gc::{self, ago};
 use super::long::{self, Display};
 use super::{Settings, print, publish};
 use crate::config::Effective;
@@ -82,9 +82,9 @@ pub(super) fn run(effective: &Effective, arguments: Arguments) -> anyhow::Result
 
 async fn look(effective: &Effective, json: bool, removal: Option<Removal>) -> anyhow::Result<String> {
     let config = publish::with_store(&effective.config).await?;
-    let objects = publish::open_objects(&config)?;
+    let objects = publish::open_existing(&config, publish::PATIENCE).await?;
     let shown = Display::spinner(json);
-    let survey = Survey::of(objects.clone()).await?;
+    let survey = Survey::of(objects.clone(), &|step| gc::show(&shown, step)).await?;
     drop(shown);
     let now = objects.now();
     let Some(removal) = removal else {
@@ -164,7 +164,7 @@ fn human(survey: &Survey, now: i64) -> String {
         size(survey.unused_bytes)
     ));
     if survey.unreadable > 0 {
-        text.push_str(&format!("{} names cannot be read: speedy fsck says why\n", survey.unreadable));
+        text.push_str(&format!("names that cannot be read: {}; speedy fsck says why\n", survey.unreadable));
     }
     text
 }

@@ -24,7 +24,8 @@ use crate::containerd::manifest::Platform;
 use crate::daemon;
 
 use crate::content::{ContentStore, Options, Parts};
-use crate::object::{Objects, Settings as StoreSettings, StoreOptions};
+use crate::object::layout::{Kind, STORE};
+use crate::object::{ObjectError, Objects, Settings as StoreSettings, StoreOptions};
 
 mod archive;
 mod layout;
@@ -36,7 +37,9 @@ mod tests;
 mod work;
 
 /// How long a store that is away is waited for, in each call: somebody is watching, and nothing is lost by going on later.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a store that does not answer is asked before that is said.
+const FIRST_ANSWER: Duration = Duration::from_secs(20);
 
 /// The arguments of `speedy publish`.
 #[derive(Debug, Args)]
@@ -146,9 +149,34 @@ pub(super) fn open_objects(config: &Config) -> anyhow::Result<Objects> {
 }
 
 /// The same for somebody who is told soon that it does not answer.
-pub(super) fn open_impatient(config: &Config) -> anyhow::Result<Objects> {
+fn open_impatient(config: &Config) -> anyhow::Result<Objects> {
     let options = StoreOptions { settings: StoreSettings::from_env(), ..StoreOptions::default() };
     Ok(Objects::open(config.store.as_str(), &options)?)
+}
+
+/// The same for somebody who looks at what is there: told soon if the store does not answer, or if there is nothing. Mostly another store
+/// is meant then, or its file system is not mounted, and neither is a sound store.
+pub(super) async fn open_existing(config: &Config, patience: Duration) -> anyhow::Result<Objects> {
+    let objects = open_impatient(config)?;
+    if !holds_anything(&objects.within(FIRST_ANSWER)).await? {
+        bail!(
+            "there is nothing at {}: nothing was published to it yet, or it is not mounted, or another store is meant",
+            config.store.as_str()
+        );
+    }
+    Ok(objects.patient(patience))
+}
+
+async fn holds_anything(objects: &Objects) -> Result<bool, ObjectError> {
+    if objects.stat(STORE).await?.is_some() {
+        return Ok(true);
+    }
+    for kind in Kind::ALL {
+        if !objects.list(kind.prefix(), 1).await?.is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn open_store(config: &Config) -> anyhow::Result<ContentStore> {

@@ -41,8 +41,10 @@
 //!
 //! **When it fails.** A store that holds something of a newer version is left alone, one that holds something damaged, or lacks the ref of a
 //! layer of a named image (the index that would make another one is needed by nothing else), too, unless it is told
-//! otherwise: what a damaged object needs cannot be known, and a repair may want it. Every failure of the store ends the collection where it
-//! is; what was deleted is deleted rightly.
+//! otherwise: what a damaged object needs cannot be known, and a repair may want it. Even then only that is ignored which plan and execution
+//! both find damaged: a single answer may have been damaged on its way. A repair of an index beside it sees the notice, and publishes
+//! the layer's chunks again (`super::restore`). Every failure of the store ends the collection where it is; what was deleted is
+//! deleted rightly.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -109,6 +111,16 @@ impl Default for Rules {
     }
 }
 
+impl Rules {
+    /// An error if publishers could not keep up with them.
+    pub fn check(&self) -> Result<(), CollectError> {
+        match !self.alone && self.grace < LEAST_GRACE {
+            true => Err(CollectError::ShortGrace { grace: self.grace }),
+            false => Ok(()),
+        }
+    }
+}
+
 /// Why nothing was deleted.
 #[derive(Debug, thiserror::Error)]
 pub enum CollectError {
@@ -117,12 +129,13 @@ pub enum CollectError {
     Content(#[from] ContentError),
     /// A grace period that publishers cannot keep up with.
     #[error(
-        "a grace period of {hours} h is shorter than publishers need (48 h): give a longer one, or --alone if nothing publishes to this store \
-         and nothing pulls from it meanwhile"
+        "a grace period of {} is shorter than publishers need (48h): give a longer one, or --alone if nothing publishes to this store \
+         and nothing pulls from it meanwhile",
+        keep::spelled(*grace)
     )]
     ShortGrace {
         /// The period.
-        hours: u64,
+        grace: Duration,
     },
     /// Objects that only a newer version can read.
     #[error(
@@ -145,6 +158,16 @@ pub enum CollectError {
         /// How many.
         count: usize,
         /// One of them.
+        name: String,
+        /// What is said of it.
+        problem: String,
+    },
+    /// Something that the plan could still read.
+    #[error(
+        "{name} is damaged or missing ({problem}), and was not when this collection was planned: nothing of what it needs was deleted; run it again"
+    )]
+    DamagedSince {
+        /// The object.
         name: String,
         /// What is said of it.
         problem: String,
@@ -364,9 +387,7 @@ pub struct Collector {
 impl Collector {
     /// On this store; waits for it as long as `objects` does.
     pub fn new(objects: Objects, rules: Rules) -> Result<Collector, CollectError> {
-        if !rules.alone && rules.grace < LEAST_GRACE {
-            return Err(CollectError::ShortGrace { hours: rules.grace.as_secs() / 3600 });
-        }
+        rules.check()?;
         // A ref is given up no sooner than anything else.
         let rules = Rules { unnamed: rules.unnamed.max(rules.grace), ..rules };
         Ok(Collector { inventory: Inventory::new(objects), rules, most_marks: MOST_MARKS })

@@ -504,7 +504,7 @@ impl ContentStore {
     }
 
     /// Whether a collection may be deleting just now.
-    async fn is_collected(&self) -> Result<bool, ContentError> {
+    pub async fn is_collected(&self) -> Result<bool, ContentError> {
         notice::is_up(&self.parts.objects).await
     }
 

@@ -15,7 +15,8 @@ impl ContentStore {
         Ok(self.parts.chunks.put(id, plain).await.map(drop)?)
     }
 
-    /// Writes a layer index over what may be there. Durable on return. Only after its chunks (**C2**).
+    /// Writes a layer index over what may be there. Durable on return. Only after its chunks (**C2**). A collection that is under way
+    /// ([`ContentStore::is_collected`], asked afterwards) may not know that it needs them: then they have to be published again.
     pub async fn restore_index(&self, bytes: Bytes) -> Result<IndexDigest, ContentError> {
         LayerIndex::decode(&bytes, self.options.limits)?;
         let digest = IndexDigest::of(&bytes);

@@ -13,6 +13,7 @@ use std::pin::pin;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 
 use super::buckets::Buckets;
+use super::collect::{Step, Watch};
 use super::index::IndexDigest;
 use super::inventory::{Entry, Inventory, Read, Reading};
 use super::name::ImageName;
@@ -80,6 +81,18 @@ pub struct Survey {
     pub unused_bytes: u64,
 }
 
+/// What is walked, and who wants to know how far that is.
+struct Walk<'a> {
+    inventory: Inventory,
+    watch: Watch<'a>,
+}
+
+impl Walk<'_> {
+    fn at(&self, doing: &'static str, done: usize, total: usize) {
+        (self.watch)(Step { doing, done: done as u64, total: total as u64 });
+    }
+}
+
 /// What is gathered on the way.
 #[derive(Default)]
 struct Gathered {
@@ -94,22 +107,22 @@ struct Gathered {
 
 impl Survey {
     /// Of this store.
-    pub async fn of(objects: Objects) -> Result<Survey, ContentError> {
-        Survey::bounded(objects, MOST).await
+    pub async fn of(objects: Objects, watch: Watch<'_>) -> Result<Survey, ContentError> {
+        Survey::bounded(objects, MOST, watch).await
     }
 
-    async fn bounded(objects: Objects, most: usize) -> Result<Survey, ContentError> {
-        let inventory = Inventory::new(objects);
+    async fn bounded(objects: Objects, most: usize, watch: Watch<'_>) -> Result<Survey, ContentError> {
+        let walk = Walk { inventory: Inventory::new(objects), watch };
         let mut survey = Survey::default();
         let mut gathered = Gathered::default();
-        names(&inventory, &mut gathered, &mut survey).await?;
-        refs(&inventory, &mut gathered).await?;
-        documents(&inventory, &mut gathered).await?;
+        names(&walk, &mut gathered, &mut survey).await?;
+        refs(&walk, &mut gathered).await?;
+        documents(&walk, &mut gathered).await?;
         let mut from = 0;
         while from < 256 {
-            let chunks = read_indexes(&inventory, &mut gathered, from, most).await?;
+            let chunks = read_indexes(&walk, &mut gathered, from, most).await?;
             let covered = chunks.covered();
-            count(&inventory, &mut gathered, &chunks, &mut survey).await?;
+            count(&walk, &mut gathered, &chunks, &mut survey).await?;
             from = covered.end;
         }
         survey.images = gathered.lines;
@@ -118,14 +131,13 @@ impl Survey {
     }
 }
 
-async fn names(
-    inventory: &Inventory,
-    gathered: &mut Gathered,
-    survey: &mut Survey,
-) -> Result<(), ContentError> {
+async fn names(walk: &Walk<'_>, gathered: &mut Gathered, survey: &mut Survey) -> Result<(), ContentError> {
     let mut images: BTreeMap<[u8; 32], u32> = BTreeMap::new();
-    let mut names = pin!(inventory.names());
+    let mut names = pin!(walk.inventory.names());
+    let mut read = 0;
     while let Some(Read { entry, said }) = names.try_next().await? {
+        read += 1;
+        walk.at("reading names of images", read, 0);
         let Ok((name, publisher)) = said else {
             survey.unreadable += 1;
             continue;
@@ -137,7 +149,7 @@ async fn names(
         }
         add_name(gathered, number, &entry, name, publisher.to_string());
     }
-    let mut uses = pin!(inventory.parts(Kind::Use));
+    let mut uses = pin!(walk.inventory.parts(Kind::Use));
     while let Some(part) = uses.try_next().await? {
         for entry in part.entries {
             if let Some(number) = images.get(&entry.place.hash) {
@@ -169,11 +181,14 @@ fn add_name(gathered: &mut Gathered, number: u32, entry: &Entry, name: ImageName
     (line.reference, line.platform) = (name.reference, name.platform);
 }
 
-async fn refs(inventory: &Inventory, gathered: &mut Gathered) -> Result<(), ContentError> {
+async fn refs(walk: &Walk<'_>, gathered: &mut Gathered) -> Result<(), ContentError> {
     let mut indexes: HashMap<[u8; 32], BTreeSet<u32>> = HashMap::new();
     let mut found: BTreeSet<[u8; 32]> = BTreeSet::new();
-    let mut refs = pin!(inventory.refs());
+    let mut refs = pin!(walk.inventory.refs());
+    let mut read = 0;
     while let Some(Read { entry, said }) = refs.try_next().await? {
+        read += 1;
+        walk.at("reading refs", read, 0);
         let Some(images) = gathered.chains.get(&entry.place.hash) else { continue };
         match said {
             Ok(said) => {
@@ -200,8 +215,8 @@ async fn refs(inventory: &Inventory, gathered: &mut Gathered) -> Result<(), Cont
     Ok(())
 }
 
-async fn documents(inventory: &Inventory, gathered: &mut Gathered) -> Result<(), ContentError> {
-    let mut parts = pin!(inventory.parts(Kind::Document));
+async fn documents(walk: &Walk<'_>, gathered: &mut Gathered) -> Result<(), ContentError> {
+    let mut parts = pin!(walk.inventory.parts(Kind::Document));
     while let Some(part) = parts.try_next().await? {
         for entry in part.entries {
             gathered.documents.remove(&entry.place.hash);
@@ -218,7 +233,7 @@ async fn documents(inventory: &Inventory, gathered: &mut Gathered) -> Result<(),
 
 /// Of each chunk the indexes that have it: 64 bits of its id, the number of the index.
 async fn read_indexes(
-    inventory: &Inventory,
+    walk: &Walk<'_>,
     gathered: &mut Gathered,
     from: usize,
     most: usize,
@@ -228,13 +243,16 @@ async fn read_indexes(
         (0..).zip(gathered.indexes.iter().map(|(digest, _)| *digest)).collect();
     let read = |(number, digest): (u32, [u8; 32])| {
         async move {
-            let read = inventory.index(IndexDigest::from_bytes(digest)).await?;
+            let read = walk.inventory.index(IndexDigest::from_bytes(digest)).await?;
             Ok::<_, ContentError>((number, read))
         }
         .boxed()
     };
     let mut indexes = stream::iter(numbered).map(read).buffer_unordered(READS);
+    let mut done = 0;
     while let Some((number, read)) = indexes.try_next().await? {
+        done += 1;
+        walk.at("reading indexes", done, gathered.indexes.len());
         let problem = match read {
             Reading::Said(index) => {
                 for (_, chunk) in index.chunks() {
@@ -256,15 +274,16 @@ async fn read_indexes(
 }
 
 async fn count(
-    inventory: &Inventory,
+    walk: &Walk<'_>,
     gathered: &mut Gathered,
     chunks: &Buckets<(u64, u32)>,
     survey: &mut Survey,
 ) -> Result<(), ContentError> {
     let mut firsts = chunks.covered().filter_map(|byte| u8::try_from(byte).ok());
-    let mut parts = pin!(inventory.parts_within(Kind::Chunk, chunks.covered()));
+    let mut parts = pin!(walk.inventory.parts_within(Kind::Chunk, chunks.covered()));
     while let Some(part) = parts.try_next().await? {
         let Some(first) = firsts.next() else { break };
+        walk.at("looking at chunks", usize::from(first) + 1, 256);
         let mut sizes: Vec<(u64, u64)> =
             part.entries.iter().map(|entry| (key(&entry.place.hash), entry.size)).collect();
         sizes.sort_unstable();

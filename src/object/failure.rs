@@ -99,8 +99,8 @@ fn chain<'a>(error: &'a Error) -> impl Iterator<Item = &'a (dyn StdError + 'stat
 /// One line for people.
 fn told(error: &Error, text: &str) -> String {
     if let Some(http) = status(text) {
-        let detail =
-            [tag(text, "Code"), tag(text, "Message")].into_iter().flatten().collect::<Vec<_>>().join(": ");
+        let parts = [tag(text, "Code"), tag(text, "Message")].into_iter().flatten();
+        let detail = parts.filter(|part| !part.is_empty()).collect::<Vec<_>>().join(": ");
         return shortened(format!("HTTP {http} {detail}").trim());
     }
     if chain(error).any(|e| e.is::<HttpError>()) {
@@ -188,6 +188,17 @@ mod tests {
         }
         let denied = Error::PermissionDenied { path: "x".into(), source: "no".into() };
         assert!(matches!(Failure::from(denied), Failure::Final(ObjectError::Denied(_))));
+    }
+
+    /// Ceph's gateway says nothing beside the code: "HTTP 403 SignatureDoesNotMatch:".
+    #[test]
+    fn a_code_without_a_message_stands_alone() {
+        let text = "non-2xx status code: 400 Bad Request: <Error><Code>Odd</Code><Message></Message></Error>";
+        let failure = Failure::from(generic(text));
+        assert!(
+            matches!(&failure, Failure::Final(ObjectError::Rejected(told)) if told == "HTTP 400 Odd"),
+            "{failure:?}"
+        );
     }
 
     #[test]

@@ -216,7 +216,7 @@ impl Hits {
         let answer = match &found {
             Ok(Some(Hit { reserved: Some(_), .. })) => "found in the store".to_owned(),
             Ok(Some(_)) => "found in the store, and already on this node".to_owned(),
-            Ok(None) => "not in the store".to_owned(),
+            Ok(None) => "not in the store when it was pulled".to_owned(),
             Err(error) => error.to_string(),
         };
         self.answers.lock().keep(chain, answer);

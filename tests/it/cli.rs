@@ -11,10 +11,28 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
+const VERBS: [&str; 15] = [
+    "serve",
+    "keeper",
+    "check",
+    "publish",
+    "fetch",
+    "gc",
+    "images",
+    "fsck",
+    "trust",
+    "config",
+    "status",
+    "layers",
+    "explain",
+    "completion",
+    "man",
+];
+
 #[test]
 fn help_names_every_verb() {
     let help = String::from_utf8(speedy(&["--help"]).stdout).unwrap();
-    for verb in ["serve", "keeper", "check", "fetch", "config", "completion", "man"] {
+    for verb in VERBS {
         assert!(help.contains(&format!("\n  {verb} ")), "{verb} is not in\n{help}");
     }
 }
@@ -35,12 +53,18 @@ fn the_keepers_help_teaches() {
 #[test]
 fn completion_and_manual_are_printed() {
     for shell in ["bash", "zsh", "fish"] {
-        let script = speedy(&["completion", shell]);
-        assert!(script.status.success() && script.stdout.len() > 500, "{shell}");
+        let script = String::from_utf8(speedy(&["completion", shell]).stdout).unwrap();
+        for word in VERBS.iter().chain(&["from-registry", "ignore-damage", "hosts"]) {
+            assert!(script.contains(word), "{shell} completes no {word}");
+        }
     }
     let page = String::from_utf8(speedy(&["man"]).stdout).unwrap();
     assert!(page.starts_with(".ie") || page.contains(".TH speedy"), "{page}");
     assert!(page.contains("speedy config hosts") && page.contains("plain\\-http"), "the verbs below verbs");
+    for verb in VERBS {
+        assert!(page.contains(&format!("speedy {verb}")), "the manual has no {verb}");
+    }
+    assert!(page.contains("from\\-registry") && page.contains("ignore\\-damage"), "{page}");
 }
 
 #[test]
@@ -91,4 +115,49 @@ fn a_root_that_holds_something_else_is_refused_and_not_touched() {
     let output = speedy(&serve);
     assert!(stderr(&output).contains("not a metadata file of Speedy"), "{}", stderr(&output));
     assert_eq!(std::fs::read_dir(&root).unwrap().count(), 2);
+}
+
+/// Two minutes went by in silence.
+#[test]
+fn a_store_that_does_not_answer_is_told_soon() {
+    let dir = tempfile::tempdir().unwrap();
+    for (verb, code) in [("fsck", 2), ("images", 1), ("gc", 1)] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_speedy"));
+        command
+            .args([verb, "--store", "s3://bucket/prefix", "--containerd", "/nonexistent", "--root"])
+            .arg(dir.path());
+        command.env_clear().env("AWS_ENDPOINT_URL", "http://127.0.0.1:1").env("AWS_ALLOW_HTTP", "true");
+        command
+            .env("AWS_ACCESS_KEY_ID", "x")
+            .env("AWS_SECRET_ACCESS_KEY", "y")
+            .env("AWS_REGION", "us-east-1");
+        let began = std::time::Instant::now();
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{verb}: {output:?}");
+        assert!(stderr(&output).contains("store is not reachable"), "{output:?}");
+        assert!(began.elapsed().as_secs() < 30, "{verb}: {:?}", began.elapsed());
+    }
+}
+
+/// A store whose file system was not mounted was clean, and had no images.
+#[test]
+fn a_store_that_is_not_there_is_not_called_sound() {
+    let dir = tempfile::tempdir().unwrap();
+    let top = dir.path().join("store");
+    let (store, root) = (format!("file://{}", top.display()), dir.path().join("root"));
+    let ask = |verb: &str| {
+        let flags = ["--root", root.to_str().unwrap(), "--containerd", "/nonexistent", "--store", &store];
+        speedy(&[&[verb], &flags[..]].concat())
+    };
+    for (verb, code) in [("fsck", 2), ("images", 1), ("gc", 1)] {
+        let output = ask(verb);
+        assert_eq!(output.status.code(), Some(code), "{verb}: {output:?}");
+        assert!(stderr(&output).contains(&format!("there is nothing at {store}")), "{output:?}");
+    }
+    // Its description is lost, and something is left.
+    let hash = "ab".repeat(32);
+    std::fs::create_dir_all(top.join("refs/ab").join(&hash)).unwrap();
+    std::fs::write(top.join("refs/ab").join(hash).join("0123456789abcdef"), "no ref").unwrap();
+    let output = ask("fsck");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
 }

@@ -154,9 +154,13 @@ impl<'a> Repair<'a> {
             self.restore_chunks(&layers, *serial, index, &mut chunks).await?;
         }
         let wanted = self.kept(Kind::Index);
-        for (_, _, bytes) in &local {
+        for (serial, index, bytes) in &local {
             if wanted.contains(IndexDigest::of(bytes).as_bytes()) {
                 self.content.restore_index(bytes.clone().into()).await?;
+                // One that ignores damage may have read the wrong bytes, and take chunks that it did not know to be needed.
+                if self.content.is_collected().await? {
+                    self.publish_layer(&layers, *serial, index, &[]).await?;
+                }
             }
         }
         self.restore_refs(&layers, &local).await
@@ -198,24 +202,23 @@ impl<'a> Repair<'a> {
             let makes =
                 |index: &LayerIndex| ChainId::of(layer.below.as_ref(), &index.facts().diff_id) == *chain;
             for (serial, index, _) in local.iter().filter(|(_, index, _)| makes(index)) {
-                self.publish_layer(layers, *serial, index, chain).await?;
+                self.publish_layer(layers, *serial, index, std::slice::from_ref(chain)).await?;
             }
         }
         Ok(())
     }
 
-    /// Chunks, index and ref of a layer that is here, in this order.
+    /// Chunks, index and refs of a layer that is here, in this order.
     async fn publish_layer(
         &self,
         layers: &LayerStore,
         serial: u64,
         index: &LayerIndex,
-        chain: &ChainId,
+        chains: &[ChainId],
     ) -> Result<(), ContentError> {
         // Given up meanwhile: containerd may have its blob.
         let Ok(file) = layers.read(serial) else { return Ok(()) };
-        let (facts, chains) = (index.facts(), std::slice::from_ref(chain));
-        let request = PublishRequest { image: &file, facts, chains };
+        let request = PublishRequest { image: &file, facts: index.facts(), chains };
         match self.content.publish(request, &|_| (), &CancellationToken::new()).await {
             // Damaged itself: right bytes have to come from elsewhere.
             Ok(_) | Err(ContentError::Image(_) | ContentError::OtherImage { .. }) => Ok(()),

@@ -59,8 +59,7 @@ pub(super) fn human(found: &Found, repair: bool) -> String {
     if let Some(node) = &found.node {
         node_lines(node).into_iter().for_each(&mut line);
     }
-    let counted: Vec<String> =
-        report.checked.iter().map(|(kind, count)| format!("{count} {}", plural(kind, *count))).collect();
+    let counted: Vec<String> = report.checked.iter().map(|(kind, count)| counted(kind, *count)).collect();
     line(format!("checked: {}; {} read", counted.join(", "), BinaryBytes(report.bytes)));
     if report.foreign > 0 {
         line(format!("{} objects are not Speedy's; they were left alone", report.foreign));
@@ -99,11 +98,11 @@ fn verdict(found: &Found, repair: bool) -> String {
     }
 }
 
-fn plural(kind: &str, count: u64) -> String {
+fn counted(kind: &str, count: u64) -> String {
     match (kind, count) {
-        (kind, 1) => kind.to_owned(),
-        ("index", _) => "indexes".to_owned(),
-        (kind, _) => format!("{kind}s"),
+        (kind, 1) => format!("1 {kind}"),
+        ("index", _) => format!("{count} indexes"),
+        (kind, _) => format!("{count} {kind}s"),
     }
 }
 
@@ -116,7 +115,8 @@ fn finding_line(finding: &Finding, outcome: Option<&Outcome>) -> String {
     match (finding.layer_count, finding.image_count) {
         (0, 0) => text.push_str("no image is known to need it"),
         (layers, 0) => {
-            write!(text, "{layers} layers, no named image").expect("writing to a string does not fail")
+            let layers = counted("layer", layers as u64);
+            write!(text, "{layers}, no named image").expect("writing to a string does not fail")
         }
         (layers, images) => {
             let names = finding
@@ -126,8 +126,8 @@ fn finding_line(finding: &Finding, outcome: Option<&Outcome>) -> String {
                 .map(|image| format!("{} ({})", image.reference, image.platform));
             let names: Vec<String> = names.collect();
             let more = if images > IMAGES { format!(" and {} more", images - IMAGES) } else { String::new() };
-            write!(text, "{layers} layers; {}{more}", names.join(", "))
-                .expect("writing to a string does not fail");
+            let layers = counted("layer", layers as u64);
+            write!(text, "{layers}; {}{more}", names.join(", ")).expect("writing to a string does not fail");
         }
     }
     match outcome {

@@ -147,7 +147,7 @@ impl Collector {
             planned: plan.report.dead(),
             watch,
         };
-        let done = self.delete(&execution, &plan.roots, now).await;
+        let done = self.delete(&execution, plan, now).await;
         let notice = execution.notice.into_inner();
         // It grows old by itself.
         if let Err(error) = notice.take_down().await {
@@ -157,13 +157,14 @@ impl Collector {
         Ok(execution.freed.into_inner())
     }
 
-    async fn delete(&self, execution: &Execution<'_>, first: &Roots, now: i64) -> Result<(), CollectError> {
+    async fn delete(&self, execution: &Execution<'_>, plan: &Plan, now: i64) -> Result<(), CollectError> {
+        let (first, known) = (&plan.roots, Some(&plan.report));
         let again = match self.rules.guards.hold(Guard::SecondReading) {
             true => self.read_roots(now, Some(first), execution.watch).await?,
             false => first.clone(),
         };
         let readings = [first, &again];
-        self.refuse(&again.damage)?;
+        self.refuse(&again.damage, known)?;
         let young_from = self.young_from(now);
         let names_first = self.rules.guards.hold(Guard::Order);
         if names_first {
@@ -183,9 +184,9 @@ impl Collector {
         let indexes = self.indexes(&readings, young_from, execution.watch).await?;
         execution.delete_all(indexes.dead, young_from).await?;
         let mut chunks = Chunks { execution, young_from };
-        let swept = self.sweep(&readings, &indexes.needing, young_from, &mut chunks, execution.watch).await;
-        let (damage, _) = swept?;
-        self.refuse(&damage)
+        let (needing, watch) = (&indexes.needing, execution.watch);
+        let (damage, _) = self.sweep(&readings, needing, young_from, &mut chunks, known, watch).await?;
+        self.refuse(&damage, known)
     }
 
     /// Of refs that go the indexes are made young first.

@@ -68,6 +68,17 @@ pub fn span(text: &str) -> Result<Duration, String> {
     seconds(text).map(|seconds| Duration::from_secs(seconds.unsigned_abs()))
 }
 
+/// The text of a span of whole minutes.
+pub fn spelled(span: Duration) -> String {
+    let minutes = span.as_secs() / 60;
+    match minutes {
+        0 => "0m".to_owned(),
+        _ if minutes.is_multiple_of(24 * 60) => format!("{}d", minutes / (24 * 60)),
+        _ if minutes.is_multiple_of(60) => format!("{}h", minutes / 60),
+        _ => format!("{minutes}m"),
+    }
+}
+
 /// `14d`, `36h` or `90m`.
 fn seconds(text: &str) -> Result<i64, String> {
     let wrong = || format!("{text:?} is no time, such as 14d, 36h or 90m");
@@ -149,6 +160,14 @@ mod tests {
             assert!(KeepRule::parse(bad).is_err(), "{bad:?}");
         }
         assert!(KeepRule::parse("r.example/* age<14d used<36h newest=3").is_ok());
+    }
+
+    #[test]
+    fn a_span_is_spelled_as_it_is_read() {
+        for text in ["0m", "90m", "36h", "47h", "2d", "14d"] {
+            assert_eq!(spelled(span(text).unwrap()), text);
+        }
+        assert_eq!(spelled(span("48h").unwrap()), "2d");
     }
 
     #[test]

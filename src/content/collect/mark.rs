@@ -5,7 +5,7 @@ use std::pin::pin;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 
 use super::roots::Roots;
-use super::{Collector, Damage, KindReport, Step, Verdict, Watch};
+use super::{Collector, Damage, KindReport, Report, Step, Verdict, Watch};
 use crate::content::ContentError;
 use crate::content::buckets::Buckets;
 use crate::content::index::IndexDigest;
@@ -132,13 +132,14 @@ impl Collector {
     }
 
     /// Marks the chunks that these indexes need, and hands over all chunks with what becomes of them; answers what could not be
-    /// read, and in how many rounds it was done.
+    /// read, and in how many rounds it was done. What forbids to go on ([`Collector::refuse`]) ends it before.
     pub(super) async fn sweep(
         &self,
         readings: &[&Roots],
         needing: &[([u8; 32], bool)],
         young_from: i64,
         to: &mut impl Sweep,
+        known: Option<&Report>,
         watch: Watch<'_>,
     ) -> Result<(Vec<Damage>, u32), ContentError> {
         let (mut from, mut rounds, mut damage) = (0, 0, Vec::new());
@@ -147,7 +148,7 @@ impl Collector {
             let (marks, found) = self.mark(readings, needing, from, watch).await?;
             // Each round finds the same.
             damage = found;
-            if !damage.is_empty() && !self.rules.ignore_damage {
+            if self.refuse(&damage, known).is_err() {
                 // What it needs is not known: no verdict is right.
                 return Ok((damage, rounds));
             }

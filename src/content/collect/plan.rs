@@ -58,7 +58,8 @@ impl Collector {
         let indexes = self.indexes(&[&roots], young_from, watch).await?;
         report.kind_mut(Kind::Index).clone_from(&indexes.report.expect("made above"));
         let mut chunks = KindReport::new(Kind::Chunk);
-        let swept = self.sweep(&[&roots], &indexes.needing, young_from, &mut Count(&mut chunks), watch).await;
+        let mut count = Count(&mut chunks);
+        let swept = self.sweep(&[&roots], &indexes.needing, young_from, &mut count, None, watch).await;
         let (damage, rounds) = swept?;
         *report.kind_mut(Kind::Chunk) = chunks;
         report.damage.extend(damage);
@@ -69,7 +70,7 @@ impl Collector {
 
     /// Whether what a plan found may be executed at all.
     pub fn check(&self, plan: &Plan) -> Result<(), CollectError> {
-        self.refuse(&plan.report.damage)?;
+        self.refuse(&plan.report.damage, None)?;
         let refs = &plan.roots.reports[1];
         let refs = refs.needed.objects + refs.dead.objects + refs.young.objects;
         // Rules that remove the last image are not in question: they were written for this.
@@ -81,8 +82,9 @@ impl Collector {
 }
 
 impl Collector {
-    /// An error if something of this forbids to delete anything.
-    pub(super) fn refuse(&self, damage: &[Damage]) -> Result<(), CollectError> {
+    /// An error if something of this forbids to delete anything. Of what is to be ignored only that is which the plan `known` had found, too:
+    /// the rest may be an answer that was damaged on its way, or be under repair.
+    pub(super) fn refuse(&self, damage: &[Damage], known: Option<&Report>) -> Result<(), CollectError> {
         let newer = damage.iter().filter(|damage| damage.newer).count();
         let worst = damage.iter().find(|damage| damage.newer || newer == 0);
         let told = worst.map(|damage| (damage.name.clone(), damage.problem.clone()));
@@ -92,6 +94,15 @@ impl Collector {
                 Err(CollectError::Damaged { count: damage.len(), name, problem })
             }
             _ => Ok(()),
+        }?;
+        let knew = |damage: &Damage| {
+            known.is_none_or(|known| known.damage.iter().any(|known| known.name == damage.name))
+        };
+        match damage.iter().find(|damage| !knew(damage)) {
+            Some(Damage { name, problem, .. }) => {
+                Err(CollectError::DamagedSince { name: name.clone(), problem: problem.clone() })
+            }
+            None => Ok(()),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use speedy::content::name::ImageName;
 use speedy::content::survey::Survey;
@@ -72,7 +72,7 @@ async fn a_collection_that_is_killed_is_run_again() {
         tokio::time::sleep(Duration::from_millis(20 + round * 60)).await;
         running.kill().unwrap();
         running.wait().unwrap();
-        let survey = Survey::of(objects.clone()).await.unwrap();
+        let survey = Survey::of(objects.clone(), &|_| ()).await.unwrap();
         assert!(survey.images.len() == 1 && survey.images[0].is_complete(), "{survey:?}");
         if round == ROUNDS / 2 {
             // The refs are gone by now; what they needed is young, or may go.
@@ -84,7 +84,7 @@ async fn a_collection_that_is_killed_is_run_again() {
     let left = json(gc(&store, &root, &[]));
     assert_eq!((&left["dead"]["objects"], &left["later"]["objects"]), (&0.into(), &0.into()), "{left}");
     assert_eq!(left["executed"], false);
-    let survey = Survey::of(objects).await.unwrap();
+    let survey = Survey::of(objects, &|_| ()).await.unwrap();
     assert!(survey.images[0].is_complete() && survey.unused_bytes == 0, "{survey:?}");
 }
 
@@ -102,4 +102,37 @@ fn a_short_grace_period_is_refused_by_the_command() {
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && error.contains(told), "{error}");
     }
+}
+
+/// Where nothing was to be deleted publishers were told for a minute that something was; and of a plan that nothing would execute it was said
+/// that there is nothing to delete.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_to_delete_takes_no_time_and_a_refusal_is_foreseen() {
+    let dir = tempfile::tempdir().unwrap();
+    let (top, root) = (dir.path().join("store"), dir.path().join("root"));
+    let store = format!("file://{}", top.display());
+    let objects = Objects::open(&store, &StoreOptions::default()).unwrap();
+    let (content, _) = node(&objects, key(1), Trust::Keys(Vec::new()));
+    let image = Image::make(dir.path(), 1, 1 << 20);
+    image.publish(&content, &[chain("kept")]).await.unwrap();
+    content.publish_name(&name("r.example/kept:1", &["kept"]), &[]).await.unwrap();
+    grow_old(&top);
+    let began = Instant::now();
+    let sound = json(gc(&store, &root, &["--execute"]));
+    assert_eq!(
+        (&sound["executed"], &sound["freed"]["total"]["objects"]),
+        (&true.into(), &0.into()),
+        "{sound}"
+    );
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    assert!(sound["refused"].is_null(), "{sound}");
+
+    let [info] = &objects.list("indexes", 2).await.unwrap()[..] else { panic!("one index") };
+    objects.put(&info.name, bytes::Bytes::from_static(b"no index")).await.unwrap();
+    let damaged = json(gc(&store, &root, &[]));
+    let refused = damaged["refused"].as_str().unwrap();
+    assert!(refused.contains(&info.name) && refused.contains("speedy fsck --repair"), "{refused}");
+    let told = gc(&store, &root, &["--execute"]).output().unwrap();
+    assert_eq!(told.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&told.stderr).contains(refused), "{told:?}");
 }
