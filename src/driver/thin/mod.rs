@@ -34,7 +34,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::{
     Access, Cancelled, Creation, Driver, DriverError, Id, Inventory, Known, Measure, Mount, MountRequest,
-    Storage,
+    PoolHealth, Storage,
 };
 use crate::sys::{blockdev, decimal};
 use device::{Info, Kernel, MAPPER, node_of, path_of, within};
@@ -214,7 +214,8 @@ impl Thin {
         if devices.contains_key(&self.template()) {
             let table = self.thin_table(self.template(), self.options.size);
             let info = self.kernel.activate(&name, &table, true)?;
-            let found = fs::look(&node_of(info));
+            let node = node_of(info);
+            let found = within(&name, move || fs::look(&node));
             self.kernel.remove(&name)?;
             if found?
                 .is_some_and(|found| found.kind == self.options.kind && found.bytes() <= self.options.size)
@@ -360,7 +361,11 @@ impl Driver for Thin {
         let thin_id = thin_id_of(new.id)?;
         // Also after an error: a call that was given up may still be done.
         self.present.lock().insert(thin_id);
-        self.snapshot_of(new.parent, thin_id)?;
+        let made = self.snapshot_of(new.parent, thin_id);
+        if let Err(DriverError::Taken(_)) = made {
+            self.present.lock().remove(&thin_id);
+        }
+        made?;
         crash_here("snapshot made");
         Ok(())
     }
@@ -393,7 +398,8 @@ impl Driver for Thin {
                 };
                 let (name, size) = (self.name(request.id.serial), self.options.size);
                 let info = self.kernel.activate(&name, &self.thin_table(shown, size), true)?;
-                let Some(found) = fs::look(&node_of(info))? else {
+                let node = node_of(info);
+                let Some(found) = within(&name, move || fs::look(&node))? else {
                     return Err(DriverError::Missing(path_of(&name).join("a file system")));
                 };
                 if self.kernel.table(&name)?.0 >= found.bytes().div_ceil(table::SECTOR) {
@@ -490,6 +496,10 @@ impl Driver for Thin {
 
     fn tend(&self) -> Result<(), DriverError> {
         self.pool.grow()
+    }
+
+    fn pool(&self) -> Option<PoolHealth> {
+        Some(self.pool.health())
     }
 
     fn upperdir(&self, _id: Id) -> Option<PathBuf> {
