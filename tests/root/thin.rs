@@ -33,6 +33,7 @@ use crate::crash::{self, Loop};
 use crate::driver_suite;
 use crate::layers::{Item, Tar};
 use crate::process::{Client, Daemon, Place, commit, list, prepare, require_root, runtime};
+use crate::serve::{asked, metrics_of};
 
 const NEVER: &dyn Fn() -> bool = &|| false;
 const MIB: u64 = 1 << 20;
@@ -644,7 +645,8 @@ fn the_daemon_serves_thin_volumes_beside_overlayfs() {
         command
             .env("SPEEDY_THIN_ROOT", &own)
             .env("SPEEDY_THIN_SIZE", "64MiB")
-            .env("SPEEDY_POOL_SIZE", "1GiB");
+            .env("SPEEDY_POOL_SIZE", "1GiB")
+            .args(["--metrics", "127.0.0.1:0"]);
         let mut daemon = served.place.start_command(command);
         let mut client = daemon.client(&served.place.socket()).await;
         let of = |snapshotter: &str| wire::PrepareSnapshotRequest {
@@ -663,6 +665,19 @@ fn the_daemon_serves_thin_volumes_beside_overlayfs() {
         let busy = client.remove(removed("speedy-thin")).await.unwrap_err();
         assert_eq!(busy.code(), tonic::Code::FailedPrecondition, "{busy:?}");
         assert!(busy.message().contains("is mounted or open; unmount it"), "{busy:?}");
+        // Each root has its own numbers.
+        let metrics = asked(&metrics_of(&daemon), "/metrics", "x");
+        for line in [
+            "speedy_snapshots{kind=\"active\"} 1",
+            "speedy_snapshots{kind=\"active\",snapshotter=\"speedy-thin\"} 1",
+            "speedy_pending_removals{snapshotter=\"speedy-thin\"} 0",
+            "speedy_pool_free_percent{device=\"data\",snapshotter=\"speedy-thin\"} 99",
+            "speedy_pool_trouble{snapshotter=\"speedy-thin\"} 0",
+        ] {
+            assert!(metrics.contains(line), "{line} is not in\n{metrics}");
+        }
+        let page = asked(&metrics_of(&daemon), "/", "127.0.0.1");
+        assert!(page.contains("speedy-thin: 1 active"), "{page}");
         drop(mounted);
         client.remove(removed("speedy-thin")).await.unwrap();
         client.remove(removed("speedy")).await.unwrap();
