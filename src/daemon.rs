@@ -144,9 +144,10 @@ pub async fn run(
 
     let beside = thin::open_beside(config, policy(config), content.clone()).await?;
     let ports = Ports::open(config, content).await?;
-    let metrics = Metrics::new(levels::read(&snapshotter, &meta, scrubbed, &config.root, ports.mirror()));
+    let roots = thin::roots(config, &snapshotter, &meta, beside.as_ref());
+    let metrics = Metrics::new(levels::read(&snapshotter, roots.clone(), scrubbed, ports.mirror()));
     let (metrics_address, registry_address) = ports.addresses();
-    let about = Arc::new(About { mirror: ports.mirror_state(), ..about });
+    let about = Arc::new(About { mirror: ports.mirror_state(), pools: levels::pools(roots), ..about });
     let bound = match inherited {
         Some(listener) => Bound::inherited(listener)?,
         None => socket::listen(&config.address)?,
@@ -155,9 +156,8 @@ pub async fn run(
     let background = TaskTracker::new();
     let background_stop = CancellationToken::new();
     let _stop_on_error = background_stop.clone().drop_guard();
-    let second = beside.as_ref().map(thin::Beside::snapshotter);
-    spawn_work(&background, &snapshotter, second, config, &background_stop);
-    let volumes = beside.as_ref().map(|beside| beside.serve(config, &background, &background_stop));
+    spawn_work(&background, &snapshotter, beside.as_ref(), config, &background_stop);
+    let volumes = beside.as_ref().map(|beside| beside.serve(&background, &background_stop));
     scrubber.map(|scrubber| background.spawn(scrubber.run(background_stop.clone())));
     keeping.clone().map(|keeping| background.spawn(keeping.watch(background_stop.clone())));
     let shown = Shown { metrics: metrics.clone(), snapshotter: snapshotter.clone(), about: about.clone() };
@@ -204,13 +204,13 @@ async fn end_lazy(layers: &Layers, keeping: Option<&Keeping>) {
 fn spawn_work(
     background: &TaskTracker,
     snapshotter: &Arc<Snapshotter>,
-    beside: Option<Arc<Snapshotter>>,
+    beside: Option<&thin::Beside>,
     config: &Config,
     stop: &CancellationToken,
 ) {
     let (work, work_stop) = (Arc::clone(snapshotter), stop.clone());
     background.spawn(async move { work.run(work_stop).await });
-    let watching = Arc::clone(snapshotter);
+    let (watching, beside) = (Arc::clone(snapshotter), beside.map(thin::Beside::snapshotter));
     let tell = move |noticed: Noticed<'_>| match noticed {
         Noticed::There(version) => {
             watching.containerd_is(Some(version));
@@ -307,6 +307,7 @@ fn about(config: &Config, composed: &remote::Composed) -> About {
         publish_policy: publish_policy.to_owned(),
         store: Box::new(remote::store_state(config, composed)),
         mirror: Box::new(|| None),
+        pools: Box::new(Vec::new),
         free_bytes: Box::new(move || space::free_bytes(&root).unwrap_or(0)),
     }
 }

@@ -25,7 +25,9 @@ mod recent;
 use levels::LevelCollector;
 use recent::Recent;
 
-pub use levels::{LayerLevels, Levels, PublishLevels, StoreLevels, Timing, TraceLevels};
+pub use levels::{
+    LayerLevels, Levels, PoolLevels, PublishLevels, RootLevels, StoreLevels, Timing, TraceLevels,
+};
 pub use recent::{Fault, recent_faults};
 
 /// How log lines look.

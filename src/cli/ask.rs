@@ -20,7 +20,7 @@ use crate::proto::containerd::services::containers::v1::containers_client::Conta
 use crate::proto::speedy::v1::control_client::ControlClient;
 use crate::proto::speedy::v1::{ExplainRequest, LayersRequest, Report, StatusRequest};
 use crate::snapshot::report::{
-    DiskCounts, LayerExplained, LayerReport, MirrorState, StatusReport, TraceState,
+    DiskCounts, LayerExplained, LayerReport, MirrorState, PoolState, StatusReport, TraceState,
 };
 
 /// How often a daemon is asked that is waited for.
@@ -157,6 +157,21 @@ async fn resolve(socket: &Path, namespace: &str, what: &str) -> anyhow::Result<E
     }
 }
 
+fn pool_text(pool: &PoolState) -> String {
+    let (of, mut out) = (&pool.snapshots, String::new());
+    if let Some(name) = &pool.snapshotter {
+        out = format!(
+            "{name}: {} committed, {} active, {} views, {} to be freed; ",
+            of.committed, of.active, of.views, of.removing
+        );
+    }
+    out += &format!("{} % of data and {} % of metadata free", pool.data_free, pool.metadata_free);
+    if let Some(trouble) = &pool.trouble {
+        out += &format!("; {trouble}");
+    }
+    out
+}
+
 fn status_text(status: &StatusReport) -> String {
     let mut out = String::new();
     let mut line = |name: &str, value: String| {
@@ -172,6 +187,9 @@ fn status_text(status: &StatusReport) -> String {
             snapshots.committed, snapshots.active, snapshots.views, snapshots.removing
         ),
     );
+    for pool in &status.pools {
+        line("pool", pool_text(pool));
+    }
     line("layer images", status.layer_images.clone());
     line("lazy reads", status.lazy.clone());
     let layers = &status.layers;

@@ -4,43 +4,80 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::store_scrub::StoreScrubber;
+use crate::driver::PoolHealth;
 use crate::object::{BOUNDS, Objects};
 use crate::registry::{Mirror, MirrorCounts};
 use crate::snapshot::metastore::MetaStore;
+use crate::snapshot::report::PoolState;
 use crate::snapshot::snapshotter::Snapshotter;
 use crate::sys::space;
-use crate::telemetry::{LayerLevels, Levels, PublishLevels, StoreLevels, Timing, TraceLevels};
+use crate::telemetry::{
+    LayerLevels, Levels, PoolLevels, PublishLevels, RootLevels, StoreLevels, Timing, TraceLevels,
+};
 
-/// Gathers it whenever that is called, on a thread that may block.
+/// A root that is served.
+#[derive(Clone)]
+pub(super) struct ServedRoot {
+    /// Under which snapshotter's name; none for the main one.
+    pub(super) name: Option<String>,
+    pub(super) path: PathBuf,
+    pub(super) snapshotter: Arc<Snapshotter>,
+    pub(super) meta: Arc<MetaStore>,
+}
+
+/// Gathers it whenever that is called, on a thread that may block. Only the main root has layer images and publishes.
 pub(super) fn read(
-    snapshotter: &Arc<Snapshotter>,
-    meta: &Arc<MetaStore>,
+    main: &Arc<Snapshotter>,
+    roots: Vec<ServedRoot>,
     store_and_scrub: Option<(Objects, Option<Arc<StoreScrubber>>)>,
-    root: &Path,
     mirror: Option<Arc<Mirror>>,
 ) -> impl Fn() -> Levels + Send + Sync + 'static {
-    let (snapshotter, meta, root) = (Arc::clone(snapshotter), Arc::clone(meta), root.to_owned());
-    let size = |path: PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
-    move || {
-        let counts = snapshotter.counts();
-        let log = PathBuf::from(format!("{}-wal", meta.path().display()));
-        Levels {
-            snapshots: vec![
-                ("view", number(counts.views)),
-                ("active", number(counts.active)),
-                ("committed", number(counts.committed)),
-            ],
-            pending_ids: number(counts.pending),
-            pending_removals: number(counts.removing),
-            committed_bytes: counts.committed_bytes,
-            metadata_bytes: size(meta.path().to_owned()) + size(log),
-            free_bytes: space::free_bytes(&root).unwrap_or(0),
-            layers: layers(&snapshotter),
-            traces: traces(&snapshotter),
-            publish: publish(&snapshotter),
-            store: store_and_scrub.as_ref().map(|(objects, scrubber)| store(objects, scrubber.as_deref())),
-            registry: mirror.as_deref().map(registry).unwrap_or_default(),
-        }
+    let main = Arc::clone(main);
+    move || Levels {
+        roots: roots.iter().map(root).collect(),
+        layers: layers(&main),
+        traces: traces(&main),
+        publish: publish(&main),
+        store: store_and_scrub.as_ref().map(|(objects, scrubber)| store(objects, scrubber.as_deref())),
+        registry: mirror.as_deref().map(registry).unwrap_or_default(),
+    }
+}
+
+/// Those of these roots that are of volumes, as they are whenever that is called.
+pub(super) fn pools(roots: Vec<ServedRoot>) -> Box<dyn Fn() -> Vec<PoolState> + Send + Sync> {
+    let state = |root: &ServedRoot| {
+        let PoolHealth { data_free, metadata_free, trouble } = root.snapshotter.pool()?;
+        Some(PoolState {
+            snapshotter: root.name.clone(),
+            root: root.path.display().to_string(),
+            snapshots: root.snapshotter.snapshot_numbers(),
+            data_free,
+            metadata_free,
+            trouble,
+        })
+    };
+    Box::new(move || roots.iter().filter_map(state).collect())
+}
+
+fn root(root: &ServedRoot) -> RootLevels {
+    let (counts, meta) = (root.snapshotter.counts(), root.meta.path());
+    let size = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
+    RootLevels {
+        snapshotter: root.name.clone(),
+        snapshots: vec![
+            ("view", number(counts.views)),
+            ("active", number(counts.active)),
+            ("committed", number(counts.committed)),
+        ],
+        pending_ids: number(counts.pending),
+        pending_removals: number(counts.removing),
+        committed_bytes: counts.committed_bytes,
+        metadata_bytes: size(meta) + size(Path::new(&format!("{}-wal", meta.display()))),
+        free_bytes: space::free_bytes(&root.path).unwrap_or(0),
+        pool: root.snapshotter.pool().map(|pool| PoolLevels {
+            free: vec![("data", pool.data_free), ("metadata", pool.metadata_free)],
+            in_trouble: pool.trouble.is_some(),
+        }),
     }
 }
 

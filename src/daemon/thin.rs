@@ -1,10 +1,12 @@
 //! The driver of thin devices: opened for the main root, or with a root of its own beside another driver, on the same socket.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::levels::ServedRoot;
 use super::{DaemonError, Root};
 use crate::config::{Config, DriverKind};
 use crate::content::ContentStore;
@@ -67,9 +69,29 @@ const TAG: &str = "thin.tag";
 
 /// A second snapshotter, of thin devices.
 pub(super) struct Beside {
+    name: String,
+    path: PathBuf,
     snapshotter: Arc<Snapshotter>,
     meta: Arc<MetaStore>,
     _root: Root,
+}
+
+/// All roots that are served, the main one first.
+pub(super) fn roots(
+    config: &Config,
+    snapshotter: &Arc<Snapshotter>,
+    meta: &Arc<MetaStore>,
+    beside: Option<&Beside>,
+) -> Vec<ServedRoot> {
+    let (snapshotter, meta) = (Arc::clone(snapshotter), Arc::clone(meta));
+    let main = ServedRoot { name: None, path: config.root.clone(), snapshotter, meta };
+    let second = beside.map(|beside| ServedRoot {
+        name: Some(beside.name.clone()),
+        path: beside.path.clone(),
+        snapshotter: Arc::clone(&beside.snapshotter),
+        meta: Arc::clone(&beside.meta),
+    });
+    std::iter::once(main).chain(second).collect()
 }
 
 /// Opens what `thin.root` names, if it names something.
@@ -99,7 +121,8 @@ pub(super) async fn open_beside(
     let snapshotter = Arc::new(snapshotter);
     snapshotter.start().await.map_err(DaemonError::Recover)?;
     tracing::info!(root = %own.display(), name = config.thin.name, "thin devices beside the main driver");
-    Ok(Some(Beside { snapshotter, meta, _root: root }))
+    let (name, path) = (config.thin.name.clone(), config.root.clone());
+    Ok(Some(Beside { name, path, snapshotter, meta, _root: root }))
 }
 
 impl Beside {
@@ -111,13 +134,12 @@ impl Beside {
     /// Its work in the background begins; what is served, under its name.
     pub(super) fn serve(
         &self,
-        config: &Config,
         background: &TaskTracker,
         stop: &CancellationToken,
     ) -> (String, Arc<Snapshotter>) {
         let (work, stop) = (Arc::clone(&self.snapshotter), stop.clone());
         background.spawn(async move { work.run(stop).await });
-        (config.thin.name.clone(), Arc::clone(&self.snapshotter))
+        (self.name.clone(), Arc::clone(&self.snapshotter))
     }
 }
 

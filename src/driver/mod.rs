@@ -177,6 +177,10 @@ pub enum DriverError {
     /// What was asked for cannot be.
     #[error("{0}")]
     Invalid(String),
+    /// Where the storage of this Id would be is something else, which was not touched: the Id is of no use, and nothing of it is to
+    /// be freed.
+    #[error("{0}")]
+    Taken(String),
     /// The caller asked to stop.
     #[error("stopped before the end")]
     Cancelled,
@@ -204,6 +208,17 @@ impl DriverError {
             _ => DriverError::Io { path: path.to_owned(), source },
         }
     }
+}
+
+/// How a pool is that snapshots have their blocks from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolHealth {
+    /// What is free for data, in percent.
+    pub data_free: u64,
+    /// What is free for its metadata, in percent.
+    pub metadata_free: u64,
+    /// What is wrong with it, and the way out.
+    pub trouble: Option<String>,
 }
 
 /// A storage driver. Implementations pass `tests/it/suite/driver.rs`.
@@ -270,6 +285,11 @@ pub trait Driver: Send + Sync + std::fmt::Debug {
     /// Now and then: takes over what has changed around the storage.
     fn tend(&self) -> Result<(), DriverError> {
         Ok(())
+    }
+
+    /// How its pool is, where it has one. May wait for the kernel.
+    fn pool(&self) -> Option<PoolHealth> {
+        None
     }
 
     /// Where a writable snapshot's changes are kept on this host, if that is a directory.

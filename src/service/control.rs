@@ -9,7 +9,7 @@ use super::status;
 use crate::oci::{ChainId, Digest};
 use crate::proto::speedy::v1 as wire;
 use crate::proto::speedy::v1::control_server::Control;
-use crate::snapshot::report::{LayerReport, MirrorState, StatusReport, StoreState};
+use crate::snapshot::report::{LayerReport, MirrorState, PoolState, StatusReport, StoreState};
 use crate::snapshot::snapshotter::Snapshotter;
 
 /// What a daemon says of itself beside what its snapshotter knows.
@@ -30,6 +30,8 @@ pub struct About {
     pub store: Box<dyn Fn() -> Option<StoreState> + Send + Sync>,
     /// Who answers for registries, as it is now.
     pub mirror: Box<dyn Fn() -> Option<MirrorState> + Send + Sync>,
+    /// Roots of volumes, as they are now.
+    pub pools: Box<dyn Fn() -> Vec<PoolState> + Send + Sync>,
     /// Bytes free on the root's file system.
     pub free_bytes: Box<dyn Fn() -> u64 + Send + Sync>,
 }
@@ -62,6 +64,7 @@ impl ControlService {
             layer_images: about.layer_images.clone(),
             lazy: about.lazy.clone(),
             snapshots: self.snapshotter.snapshot_numbers(),
+            pools: (about.pools)(),
             layers: self.snapshotter.layer_numbers(),
             store: (about.store)(),
             traces: self.snapshotter.trace_state(about.traces),

@@ -93,7 +93,7 @@ fn driver_code(error: &DriverError) -> Code {
         DriverError::Busy(_) => Code::FailedPrecondition,
         DriverError::Invalid(_) => Code::InvalidArgument,
         DriverError::Cancelled => Code::Cancelled,
-        DriverError::Unsupported(_) | DriverError::Io { .. } => Code::Internal,
+        DriverError::Taken(_) | DriverError::Unsupported(_) | DriverError::Io { .. } => Code::Internal,
     }
 }
 

@@ -252,7 +252,10 @@ impl Reconciler {
             tracing::warn!(%error, "cannot see to the storage");
         }
         self.evict().await;
-        for ids in self.meta.removing().chunks(FORGET) {
+        // The newest first: a view has the volume of its parent open.
+        let mut removing = self.meta.removing();
+        removing.sort_unstable_by_key(|id| std::cmp::Reverse(id.serial));
+        for ids in removing.chunks(FORGET) {
             let freed = self.free(ids.to_vec(), stop).await;
             self.forget(freed).await;
             if stop.is_cancelled() {

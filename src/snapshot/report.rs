@@ -23,6 +23,9 @@ pub struct StatusReport {
     pub lazy: String,
     /// Numbers of snapshots.
     pub snapshots: SnapshotNumbers,
+    /// Roots of volumes, the main one included if it is one.
+    #[serde(default)]
+    pub pools: Vec<PoolState>,
     /// Numbers of layer images.
     pub layers: LayerNumbers,
     /// The store, if there is one.
@@ -37,6 +40,23 @@ pub struct StatusReport {
     pub mirror: Option<MirrorState>,
     /// Bytes free on the root's file system.
     pub free_bytes: u64,
+}
+
+/// A root of volumes and its pool.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolState {
+    /// Under which name its snapshots are served; none for the main one.
+    pub snapshotter: Option<String>,
+    /// Where its records are.
+    pub root: String,
+    /// Numbers of its snapshots.
+    pub snapshots: SnapshotNumbers,
+    /// What is free for data, in percent.
+    pub data_free: u64,
+    /// What is free for the pool's metadata, in percent.
+    pub metadata_free: u64,
+    /// What is wrong with the pool, and the way out.
+    pub trouble: Option<String>,
 }
 
 /// The port that answers for registries, since the daemon started.

@@ -33,7 +33,7 @@ use super::{
 };
 use crate::content::ContentStore;
 use crate::content::memory::MemorySource;
-use crate::driver::{Access, Creation, Driver, Id, Mount, Owner, Storage};
+use crate::driver::{Access, Creation, Driver, DriverError, Id, Mount, Owner, Storage};
 
 mod adopt;
 mod report;
@@ -496,8 +496,11 @@ impl Snapshotter {
             Ok(()) => self.meta.create(new, layer).await,
             Err(error) => Err(error),
         };
-        if recorded.is_err() {
-            self.meta.give_up(id).await;
+        match &recorded {
+            Ok(_) => {}
+            // To free it would be to free somebody else's.
+            Err(SnapshotError::Driver(DriverError::Taken(_))) => self.meta.leave(id).await?,
+            Err(_) => self.meta.give_up(id).await,
         }
         recorded
     }

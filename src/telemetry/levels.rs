@@ -15,6 +15,25 @@ type Parts = Vec<(&'static str, u64)>;
 /// What is asked for when metrics are read.
 #[derive(Debug, Clone, Default)]
 pub struct Levels {
+    /// Each root that is served, the main one first.
+    pub roots: Vec<RootLevels>,
+    /// Layer images of this node.
+    pub layers: LayerLevels,
+    /// What is known of starts of images.
+    pub traces: TraceLevels,
+    /// What is put on the store.
+    pub publish: PublishLevels,
+    /// The store, if there is one.
+    pub store: Option<StoreLevels>,
+    /// Requests on the registry port, by what came of them; none without that port.
+    pub registry: Parts,
+}
+
+/// A root: its snapshots, and what they stand on.
+#[derive(Debug, Clone, Default)]
+pub struct RootLevels {
+    /// Under which snapshotter's name it is served; none for the main one, whose metrics have no such label.
+    pub snapshotter: Option<String>,
     /// Views, active and committed snapshots.
     pub snapshots: Parts,
     /// Ids made ahead.
@@ -27,16 +46,17 @@ pub struct Levels {
     pub metadata_bytes: u64,
     /// Bytes free on the file system that holds the root.
     pub free_bytes: u64,
-    /// Layer images of this node.
-    pub layers: LayerLevels,
-    /// What is known of starts of images.
-    pub traces: TraceLevels,
-    /// What is put on the store.
-    pub publish: PublishLevels,
-    /// The store, if there is one.
-    pub store: Option<StoreLevels>,
-    /// Requests on the registry port, by what came of them; none without that port.
-    pub registry: Parts,
+    /// Where the snapshots' blocks are from, if they are volumes.
+    pub pool: Option<PoolLevels>,
+}
+
+/// A pool of volumes.
+#[derive(Debug, Clone, Default)]
+pub struct PoolLevels {
+    /// What is free of its devices, in percent.
+    pub free: Parts,
+    /// Whether something is wrong with it.
+    pub in_trouble: bool,
 }
 
 /// Layer images of this node.
@@ -163,7 +183,7 @@ impl<F: Fn() -> Levels + Send + Sync + 'static> Collector for LevelCollector<F> 
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let levels = (self.0)();
         let mut page = Page(encoder);
-        page.snapshots(&levels)?;
+        page.roots(&levels.roots)?;
         page.layers(&levels.layers)?;
         page.traces(&levels.traces)?;
         page.publish(&levels.publish)?;
@@ -181,17 +201,74 @@ impl<F: Fn() -> Levels + Send + Sync + 'static> Collector for LevelCollector<F> 
 struct Page<'a>(DescriptorEncoder<'a>);
 
 impl Page<'_> {
-    fn snapshots(&mut self, levels: &Levels) -> fmt::Result {
-        self.gauges("snapshots", "Snapshots, by kind", "kind", &levels.snapshots)?;
-        self.gauge("pending_ids", "Storage made ahead of its use", None, levels.pending_ids)?;
+    fn roots(&mut self, roots: &[RootLevels]) -> fmt::Result {
+        self.root_parts("snapshots", "Snapshots, by kind", "kind", roots, |root| &root.snapshots)?;
+        self.root_gauge("pending_ids", "Storage made ahead of its use", None, roots, |root| {
+            root.pending_ids
+        })?;
         let removals = "Removed snapshots whose storage is not freed yet";
-        self.gauge("pending_removals", removals, None, levels.pending_removals)?;
+        self.root_gauge("pending_removals", removals, None, roots, |root| root.pending_removals)?;
         let bytes = Some(Unit::Bytes);
         let committed = "Allocated by committed snapshots, as far as measured";
-        self.gauge("committed", committed, bytes.as_ref(), levels.committed_bytes)?;
+        self.root_gauge("committed", committed, bytes.as_ref(), roots, |root| root.committed_bytes)?;
         let metadata = "Size of the metadata file and its log";
-        self.gauge("metadata", metadata, bytes.as_ref(), levels.metadata_bytes)?;
-        self.gauge("root_free", "Free on the file system of the root", bytes.as_ref(), levels.free_bytes)
+        self.root_gauge("metadata", metadata, bytes.as_ref(), roots, |root| root.metadata_bytes)?;
+        let free = "Free on the file system of the root";
+        self.root_gauge("root_free", free, bytes.as_ref(), roots, |root| root.free_bytes)?;
+        let pools: Vec<RootLevels> = roots.iter().filter(|root| root.pool.is_some()).cloned().collect();
+        if pools.is_empty() {
+            return Ok(());
+        }
+        let free = "Free of the devices of a pool of volumes, in percent";
+        self.root_parts("pool_free_percent", free, "device", &pools, |root| match &root.pool {
+            Some(pool) => &pool.free,
+            None => &[],
+        })?;
+        let trouble = "Whether something is wrong with a pool of volumes: `speedy check` says what";
+        let in_trouble =
+            |root: &RootLevels| u64::from(root.pool.as_ref().is_some_and(|pool| pool.in_trouble));
+        self.root_gauge("pool_trouble", trouble, None, &pools, in_trouble)
+    }
+
+    /// A number for each root.
+    fn root_gauge(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Option<&Unit>,
+        roots: &[RootLevels],
+        value: impl Fn(&RootLevels) -> u64,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, unit, MetricType::Gauge)?;
+        let named = |root: &&RootLevels| root.snapshotter.is_some();
+        for root in roots.iter().filter(named) {
+            let label = [("snapshotter", root.snapshotter.as_deref().unwrap_or_default())];
+            ConstGauge::new(value(root)).encode(family.encode_family(&label)?)?;
+        }
+        match roots.iter().find(|root| !named(root)) {
+            Some(main) => ConstGauge::new(value(main)).encode(family),
+            None => Ok(()),
+        }
+    }
+
+    /// A number for each root and each value of a label.
+    fn root_parts(
+        &mut self,
+        name: &str,
+        help: &str,
+        label: &'static str,
+        roots: &[RootLevels],
+        parts: impl Fn(&RootLevels) -> &[(&'static str, u64)],
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for root in roots {
+            for (part, value) in parts(root) {
+                let mut labels = vec![(label, *part)];
+                labels.extend(root.snapshotter.as_deref().map(|name| ("snapshotter", name)));
+                ConstGauge::new(*value).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
     }
 
     fn layers(&mut self, layers: &LayerLevels) -> fmt::Result {
@@ -362,8 +439,21 @@ mod tests {
             scrub_found: vec![("missing", 1), ("damaged", 8)],
             ..StoreLevels::default()
         };
-        Levels {
+        let main = RootLevels {
             snapshots: vec![("view", 1), ("active", 2), ("committed", 3)],
+            pending_removals: 4,
+            ..RootLevels::default()
+        };
+        let pool = PoolLevels { free: vec![("data", 30), ("metadata", 70)], in_trouble: true };
+        let volumes = RootLevels {
+            snapshotter: Some("speedy-thin".into()),
+            snapshots: vec![("active", 5)],
+            pending_removals: 6,
+            pool: Some(pool),
+            ..RootLevels::default()
+        };
+        Levels {
+            roots: vec![main, volumes],
             layers: LayerLevels {
                 states: vec![("complete", 4), ("filling", 1), ("failed", 0)],
                 bytes: 4096,
@@ -423,6 +513,11 @@ mod tests {
         let samples = parse(&metrics.text());
         let want = [
             ("speedy_snapshots{kind=\"active\"}", 2.0),
+            ("speedy_snapshots{kind=\"active\",snapshotter=\"speedy-thin\"}", 5.0),
+            ("speedy_pending_removals", 4.0),
+            ("speedy_pending_removals{snapshotter=\"speedy-thin\"}", 6.0),
+            ("speedy_pool_free_percent{device=\"data\",snapshotter=\"speedy-thin\"}", 30.0),
+            ("speedy_pool_trouble{snapshotter=\"speedy-thin\"}", 1.0),
             ("speedy_layers{state=\"complete\"}", 4.0),
             ("speedy_layers_bytes", 4096.0),
             ("speedy_fills_total{outcome=\"done\"}", 2.0),
@@ -463,6 +558,8 @@ mod tests {
     #[test]
     fn without_a_store_nothing_is_said_of_one() {
         let samples = parse(&Metrics::new(Levels::default).text());
-        assert!(!samples.keys().any(|name| name.starts_with("speedy_store_")), "{samples:?}");
+        let is_of_one =
+            |name: &&String| name.starts_with("speedy_store_") || name.starts_with("speedy_pool_");
+        assert!(!samples.keys().any(|name| is_of_one(&name)), "{samples:?}");
     }
 }

@@ -21,11 +21,15 @@ import (
 type contender struct {
 	name     string
 	sn       snapshots.Snapshotter
+	pid      int    // who asks the kernel, with children
 	metadata string // its device, as /sys/block calls it
+	data     string
 	pool     string
 	times    map[string][]float64
-	written  []float64 // KiB on the metadata device, each cycle
-	flushes  []float64
+	written  map[string][]float64 // KiB on both devices
+	flushes  map[string][]float64 // of the metadata device
+	ioctls   map[string][]float64 // of device-mapper
+	trace    string               // what strace writes, while it does
 }
 
 // TestThinBench compares thin volumes with containerd's devmapper snapshotter:
@@ -42,7 +46,8 @@ func TestThinBench(t *testing.T) {
 	dir := t.TempDir()
 	all := []*contender{builtinThin(ctx, t, dir), ours(t, dir)}
 	for _, c := range all {
-		c.times = map[string][]float64{}
+		c.times, c.written = map[string][]float64{}, map[string][]float64{}
+		c.flushes, c.ioctls = map[string][]float64{}, map[string][]float64{}
 		must(t, c.prepare(ctx, "base-active", ""))
 		must(t, c.sn.Commit(ctx, "base", "base-active"))
 	}
@@ -56,34 +61,64 @@ func TestThinBench(t *testing.T) {
 	}
 	for round := range rounds {
 		for at := range all {
-			c := all[(round+at)%2]
-			w, f := c.io(t)
-			key, name := fmt.Sprint("key", round), fmt.Sprint("name", round)
-			whole := time.Now()
-			c.timed("Prepare", func() error { return c.prepare(ctx, key, "base") }, t)
-			c.timed("Commit", func() error { return c.sn.Commit(ctx, name, key) }, t)
-			c.timed("Remove", func() error { return c.sn.Remove(ctx, name) }, t)
-			c.timed("Cleanup", func() error {
-				if cleaner, ok := c.sn.(snapshots.Cleaner); ok {
-					return cleaner.Cleanup(ctx)
-				}
-				return nil
-			}, t)
-			c.times["cycle"] = append(c.times["cycle"], time.Since(whole).Seconds()*1000)
-			w2, f2 := c.io(t)
-			c.written = append(c.written, float64(w2-w)/2)
-			c.flushes = append(c.flushes, float64(f2-f))
+			all[(round+at)%2].cycle(ctx, t, fmt.Sprint(round))
 		}
 	}
+	// strace takes time of its own, so what it counts is not timed.
+	for _, c := range all {
+		c.countIoctls(ctx, t, rounds)
+	}
 	fmt.Printf("| %d rounds, medians | devmapper | speedy | ratio |\n|---|---:|---:|---:|\n", rounds)
-	for _, op := range []string{"Prepare", "Commit", "Remove", "Cleanup", "cycle"} {
+	for _, op := range operations {
 		row(op+", ms", all, func(c *contender) []float64 { return c.times[op] })
 	}
-	row("KiB written to the metadata device, a cycle", all, func(c *contender) []float64 { return c.written })
-	row("flushes of the metadata device, a cycle", all, func(c *contender) []float64 { return c.flushes })
+	for _, op := range operations {
+		row("ioctls of device-mapper, "+op, all, func(c *contender) []float64 { return c.ioctls[op] })
+	}
+	for _, op := range operations {
+		row("KiB written to metadata and data, "+op, all, func(c *contender) []float64 { return c.written[op] })
+	}
+	for _, op := range operations {
+		row("flushes of the metadata device, "+op, all, func(c *contender) []float64 { return c.flushes[op] })
+	}
 	for at, c := range all {
 		fmt.Printf("blocks of 64 KiB for %d snapshots of one image, %s: %d\n", kept, c.name, c.used(t)-before[at])
 	}
+}
+
+const whole = "all four"
+
+var operations = []string{"Prepare", "Commit", "Remove", "Cleanup", whole}
+
+// cycle makes, commits and removes a snapshot of base.
+func (c *contender) cycle(ctx context.Context, t *testing.T, n string) {
+	c.measured(t, whole, func() error {
+		c.measured(t, "Prepare", func() error { return c.prepare(ctx, "key"+n, "base") })
+		c.measured(t, "Commit", func() error { return c.sn.Commit(ctx, "name"+n, "key"+n) })
+		c.measured(t, "Remove", func() error { return c.sn.Remove(ctx, "name"+n) })
+		c.measured(t, "Cleanup", func() error {
+			if cleaner, ok := c.sn.(snapshots.Cleaner); ok {
+				return cleaner.Cleanup(ctx)
+			}
+			return nil
+		})
+		return nil
+	})
+}
+
+// countIoctls makes cycles with strace beside them.
+func (c *contender) countIoctls(ctx context.Context, t *testing.T, rounds int) {
+	c.trace = filepath.Join(t.TempDir(), "trace")
+	strace := exec.Command("strace", "-f", "-q", "-e", "trace=ioctl", "-e", "signal=none", "-o", c.trace, "-p", strconv.Itoa(c.pid))
+	strace.Stderr = os.Stderr
+	must(t, strace.Start())
+	time.Sleep(2 * time.Second) // it takes hold of all threads
+	for round := range rounds {
+		c.cycle(ctx, t, fmt.Sprint("counted", round))
+	}
+	must(t, strace.Process.Signal(os.Interrupt))
+	_ = strace.Wait() // ends by the signal
+	c.trace = ""
 }
 
 func (c *contender) prepare(ctx context.Context, key, parent string) error {
@@ -91,15 +126,39 @@ func (c *contender) prepare(ctx context.Context, key, parent string) error {
 	return err
 }
 
-func (c *contender) timed(op string, run func() error, t *testing.T) {
+func (c *contender) measured(t *testing.T, op string, run func() error) {
+	if c.trace != "" {
+		asked := c.asked(t)
+		must(t, run())
+		c.ioctls[op] = append(c.ioctls[op], float64(c.asked(t)-asked))
+		return
+	}
+	written, flushes := c.io(t)
 	began := time.Now()
 	must(t, run())
 	c.times[op] = append(c.times[op], time.Since(began).Seconds()*1000)
+	written2, flushes2 := c.io(t)
+	c.written[op] = append(c.written[op], float64(written2-written)/2)
+	c.flushes[op] = append(c.flushes[op], float64(flushes2-flushes))
 }
 
-// io returns the sectors written to the metadata device and its flushes.
+// asked returns how many ioctls of device-mapper strace has seen.
+func (c *contender) asked(t *testing.T) int {
+	text, err := os.ReadFile(c.trace)
+	must(t, err)
+	return strings.Count(string(text), ", DM_")
+}
+
+// io returns the sectors written to both devices and the flushes of the
+// metadata device.
 func (c *contender) io(t *testing.T) (uint64, uint64) {
-	text, err := os.ReadFile("/sys/block/" + c.metadata + "/stat")
+	written, flushes := diskStat(t, c.metadata)
+	data, _ := diskStat(t, c.data)
+	return written + data, flushes
+}
+
+func diskStat(t *testing.T, device string) (uint64, uint64) {
+	text, err := os.ReadFile("/sys/block/" + device + "/stat")
 	must(t, err)
 	fields := strings.Fields(string(text))
 	written, err := strconv.ParseUint(fields[6], 10, 64)
@@ -155,7 +214,7 @@ func builtinThin(ctx context.Context, t *testing.T, dir string) *contender {
 		RootPath: filepath.Join(dir, "devmapper"), PoolName: "bench", BaseImageSize: "64MB",
 	})
 	must(t, err)
-	return &contender{name: "devmapper", sn: sn, metadata: filepath.Base(metadata), pool: "bench"}
+	return &contender{name: "devmapper", sn: sn, pid: os.Getpid(), metadata: filepath.Base(metadata), data: filepath.Base(data), pool: "bench"}
 }
 
 func ours(t *testing.T, dir string) *contender {
@@ -167,5 +226,8 @@ func ours(t *testing.T, dir string) *contender {
 	if len(pools) != 1 {
 		t.Fatalf("pools: %v", pools)
 	}
-	return &contender{name: "speedy", sn: s.snapshotter(), metadata: filepath.Base(metadata), pool: filepath.Base(pools[0])}
+	return &contender{
+		name: "speedy", sn: s.snapshotter(), pid: s.cmd.Process.Pid,
+		metadata: filepath.Base(metadata), data: filepath.Base(data), pool: filepath.Base(pools[0]),
+	}
 }

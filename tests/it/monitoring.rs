@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use speedy::telemetry::{Levels, Method, Metrics, StoreLevels, Timing};
+use speedy::telemetry::{Levels, Method, Metrics, PoolLevels, RootLevels, StoreLevels, Timing};
 
 const PROMETHEUS: &str = "contrib/prometheus/speedy.rules.yml";
 const GRAFANA: &str = "contrib/grafana/speedy.json";
@@ -25,12 +25,13 @@ fn all(pattern: &str, text: &str) -> BTreeSet<String> {
     pattern.captures_iter(text).map(|found| found[1].to_owned()).collect()
 }
 
-/// The names of all samples that a daemon with a store can export.
+/// The names of all samples that a daemon with a store and a pool can export.
 fn exported() -> BTreeSet<String> {
     let metrics = Metrics::new(|| {
         let timing = Timing { operation: "get", outcome: "ok", ..Timing::default() };
         let store = StoreLevels { requests: vec![timing], ..StoreLevels::default() };
-        Levels { store: Some(store), ..Levels::default() }
+        let root = RootLevels { pool: Some(PoolLevels::default()), ..RootLevels::default() };
+        Levels { roots: vec![root], store: Some(store), ..Levels::default() }
     });
     metrics.rpc(Method::Prepare, "OK", std::time::Duration::from_millis(1));
     metrics.applied("image");

@@ -20,7 +20,7 @@ use crate::cold::{Cold, noise};
 use crate::process::{require_root, runtime};
 
 /// `DATA:LOG`, two empty disks.
-const DISKS: &str = "TEST_POWER_DISKS";
+pub(crate) const DISKS: &str = "TEST_POWER_DISKS";
 const MAGIC: u64 = 0x006a_7366_7773_6872;
 const FLUSH: u64 = 1;
 const DISCARD: u64 = 4;
@@ -33,7 +33,7 @@ fn run(command: &str) {
 }
 
 /// Unmounts or removes something when dropped.
-struct Undo(String);
+pub(crate) struct Undo(pub(crate) String);
 
 impl Drop for Undo {
     fn drop(&mut self) {
@@ -44,19 +44,19 @@ impl Drop for Undo {
 
 /// What the disk was told, in its order.
 #[derive(Debug)]
-enum Entry {
+pub(crate) enum Entry {
     Write { at: u64, length: u64, log: u64 },
     Flush,
     Mark(String),
 }
 
-struct Recorded {
+pub(crate) struct Recorded {
     log: File,
-    entries: Vec<Entry>,
+    pub(crate) entries: Vec<Entry>,
 }
 
 impl Recorded {
-    fn read(path: &str) -> Recorded {
+    pub(crate) fn read(path: &str) -> Recorded {
         let log = File::open(path).unwrap();
         let word = |at: u64| {
             let mut bytes = [0; 8];
@@ -87,7 +87,7 @@ impl Recorded {
     }
 
     /// What the disk holds after so many entries.
-    fn replay(&self, entries: usize, size: u64, path: &Path) {
+    pub(crate) fn replay(&self, entries: usize, size: u64, path: &Path) {
         drop(fs::remove_file(path));
         let disk = File::options().write(true).create_new(true).open(path).unwrap();
         disk.set_len(size).unwrap();
@@ -99,13 +99,13 @@ impl Recorded {
         }
     }
 
-    fn mark(&self, name: &str) -> usize {
+    pub(crate) fn mark(&self, name: &str) -> usize {
         let is_it = |entry: &Entry| matches!(entry, Entry::Mark(found) if found == name);
         self.entries.iter().position(is_it).unwrap_or_else(|| panic!("no mark {name}"))
     }
 
     /// Where it is tried: around flushes, and here and there between.
-    fn points(&self, from: usize) -> Vec<usize> {
+    pub(crate) fn points(&self, from: usize) -> Vec<usize> {
         let flushes = (from..self.entries.len()).filter(|at| matches!(self.entries[*at], Entry::Flush));
         let around: Vec<usize> = flushes.flat_map(|at| [at, at + 1]).collect();
         let mut points: Vec<usize> =
@@ -248,7 +248,7 @@ fn nothing_wrong_is_served_after_a_power_loss() {
     assert!(whole > 0 && kept > 0 && dangers > 0, "nothing was tried");
 }
 
-fn disk_size(path: &str) -> u64 {
+pub(crate) fn disk_size(path: &str) -> u64 {
     let sectors =
         fs::read_to_string(PathBuf::from("/sys/class/block").join(&path[5..]).join("size")).unwrap();
     sectors.trim().parse::<u64>().unwrap() * 512

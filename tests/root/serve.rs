@@ -8,7 +8,7 @@ use std::time::Duration;
 use speedy::proto::containerd::services::snapshots::v1 as wire;
 
 use crate::crash::require_equal;
-use crate::process::{Place, commit, list, prepare, runtime};
+use crate::process::{Daemon, Place, commit, list, prepare, runtime};
 
 #[test]
 fn the_socket_is_private_and_gone_after_a_clean_stop() {
@@ -174,8 +174,14 @@ fn a_call_that_is_given_up_is_done_or_not_done() {
     });
 }
 
+/// Where it answers for metrics, as it says when it is ready.
+pub(crate) fn metrics_of(daemon: &Daemon) -> String {
+    let log = daemon.log();
+    log.split("\"metrics\":\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap().to_owned()
+}
+
 /// What the loopback port answers to this request.
-fn asked(at: &str, path: &str, host: &str) -> String {
+pub(crate) fn asked(at: &str, path: &str, host: &str) -> String {
     use std::io::{Read, Write};
     let mut stream = std::net::TcpStream::connect(at).unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
@@ -195,9 +201,7 @@ fn metrics_and_the_status_page_are_served_on_loopback() {
         let mut client = daemon.client(&place.socket()).await;
         client.prepare(prepare("a", "", &[])).await.unwrap();
         client.prepare(prepare("a", "", &[])).await.unwrap_err();
-        let log = daemon.log();
-        let at =
-            log.split("\"metrics\":\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap().to_owned();
+        let at = metrics_of(&daemon);
         let text = asked(&at, "/metrics", "x");
         for line in [
             "speedy_rpc_calls_total{method=\"Prepare\",code=\"OK\"} 1",

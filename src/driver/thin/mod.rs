@@ -4,6 +4,7 @@
 //! ```text
 //! speedy-<tag>-pool       the pool; its blocks are on two devices, or in <root>/pool/{data,metadata}
 //! speedy-<tag>-<serial>   a snapshot that is in use; committed ones are not active
+//! <root>/pool.begun       the pool was empty when this root took it
 //! thin id 0 or 1          the template of ext4 or xfs: an empty file system, made once; 2 is one that is being made
 //! thin id 16 + <slot>     a snapshot
 //! ```
@@ -34,7 +35,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::{
     Access, Cancelled, Creation, Driver, DriverError, Id, Inventory, Known, Measure, Mount, MountRequest,
-    Storage,
+    PoolHealth, Storage,
 };
 use crate::sys::{blockdev, decimal};
 use device::{Info, Kernel, MAPPER, node_of, path_of, within};
@@ -53,6 +54,8 @@ pub use table::{Mode, PoolStatus, Share};
 /// Thin ids of our own before those of slots.
 const OWN_IDS: u32 = 16;
 const MAKING: u32 = 2;
+/// A file of the root: the pool was empty when it was begun with.
+const BEGUN: &str = "pool.begun";
 /// Thin ids have 24 bits.
 const MOST_SLOTS: u32 = (1 << 24) - OWN_IDS;
 /// What a snapshot must have at least, so that the file system's own growth is worth it.
@@ -176,8 +179,8 @@ impl Thin {
         let transaction = self.pool.status()?.transaction;
         let of = format!("the pool {} (transaction {transaction})", self.pool.name);
         if known.last_serial == 0 {
-            let devices = self.pool.devices()?;
-            if transaction > 0 || devices.keys().any(|id| *id >= OWN_IDS) {
+            let (devices, begun) = (self.pool.devices()?, self.root.join(BEGUN).exists());
+            if transaction > 0 || devices.keys().any(|id| *id >= OWN_IDS || !begun) {
                 return Err(DriverError::Unsupported(format!(
                     "{of} has {} thin devices, and the records of {} are new: another program uses it, or metadata.db is lost; nothing \
                      was touched: give this root devices of its own, or restore metadata.db",
@@ -204,6 +207,13 @@ impl Thin {
         Ok(())
     }
 
+    /// Notes durably that what is in the pool from now on is ours: the template is there before the records give out a number.
+    fn begin(&self) -> Result<(), DriverError> {
+        let path = self.root.join(BEGUN);
+        let noted = File::create(&path).and_then(|_| File::open(&self.root)?.sync_all());
+        noted.map_err(|error| DriverError::at(&path, error))
+    }
+
     /// Makes the template, unless there is one that will do.
     fn make_template(&self) -> Result<(), DriverError> {
         let devices = self.pool.devices()?;
@@ -214,7 +224,8 @@ impl Thin {
         if devices.contains_key(&self.template()) {
             let table = self.thin_table(self.template(), self.options.size);
             let info = self.kernel.activate(&name, &table, true)?;
-            let found = fs::look(&node_of(info));
+            let node = node_of(info);
+            let found = within(&name, move || fs::look(&node));
             self.kernel.remove(&name)?;
             if found?
                 .is_some_and(|found| found.kind == self.options.kind && found.bytes() <= self.options.size)
@@ -333,6 +344,9 @@ impl Driver for Thin {
 
     fn recover(&self, known: &Known) -> Result<(), DriverError> {
         self.require_same_life(known)?;
+        if known.last_serial == 0 {
+            self.begin()?;
+        }
         self.recover_devices(&known.ids.iter().map(|id| id.serial).collect())?;
         self.make_template()?;
         *self.present.lock() = self.pool.devices()?.into_keys().collect();
@@ -360,7 +374,11 @@ impl Driver for Thin {
         let thin_id = thin_id_of(new.id)?;
         // Also after an error: a call that was given up may still be done.
         self.present.lock().insert(thin_id);
-        self.snapshot_of(new.parent, thin_id)?;
+        let made = self.snapshot_of(new.parent, thin_id);
+        if let Err(DriverError::Taken(_)) = made {
+            self.present.lock().remove(&thin_id);
+        }
+        made?;
         crash_here("snapshot made");
         Ok(())
     }
@@ -393,7 +411,8 @@ impl Driver for Thin {
                 };
                 let (name, size) = (self.name(request.id.serial), self.options.size);
                 let info = self.kernel.activate(&name, &self.thin_table(shown, size), true)?;
-                let Some(found) = fs::look(&node_of(info))? else {
+                let node = node_of(info);
+                let Some(found) = within(&name, move || fs::look(&node))? else {
                     return Err(DriverError::Missing(path_of(&name).join("a file system")));
                 };
                 if self.kernel.table(&name)?.0 >= found.bytes().div_ceil(table::SECTOR) {
@@ -490,6 +509,10 @@ impl Driver for Thin {
 
     fn tend(&self) -> Result<(), DriverError> {
         self.pool.grow()
+    }
+
+    fn pool(&self) -> Option<PoolHealth> {
+        Some(self.pool.health())
     }
 
     fn upperdir(&self, _id: Id) -> Option<PathBuf> {

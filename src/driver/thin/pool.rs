@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use super::device::{EBUSY, EEXIST, ENODATA, Kernel, path_of};
 use super::metadata::{Device, Reader, Roots, Superblock};
 use super::table::{self, BLOCK, BLOCK_BYTES, METADATA_BLOCK, Mode, PoolStatus};
-use crate::driver::DriverError;
+use crate::driver::{DriverError, PoolHealth};
 use crate::sys::loopdev::{self, LoopDevice};
 use crate::sys::{blockdev, space};
 
@@ -120,8 +120,8 @@ impl Pool {
             numbers: info.numbers,
             reading: Mutex::default(),
         };
-        pool.require_health()?;
         pool.grow()?;
+        pool.require_health()?;
         Ok(pool)
     }
 
@@ -132,11 +132,25 @@ impl Pool {
         })
     }
 
+    pub(super) fn health(&self) -> PoolHealth {
+        match self.status() {
+            Ok(status) => PoolHealth {
+                data_free: status.data.free_percent(),
+                metadata_free: status.metadata.free_percent(),
+                trouble: trouble(&status, &self.metadata),
+            },
+            Err(error) => PoolHealth { data_free: 0, metadata_free: 0, trouble: Some(error.to_string()) },
+        }
+    }
+
     /// An error if the pool cannot be used at all.
     fn require_health(&self) -> Result<(), DriverError> {
         let status = self.status()?;
         match trouble(&status, &self.metadata) {
-            Some(problem) if status.mode == Mode::Failed => Err(DriverError::Unsupported(problem)),
+            // What is in it cannot be told: for that the kernel writes to its metadata.
+            Some(problem) if matches!(status.mode, Mode::ReadOnly | Mode::Failed) => {
+                Err(DriverError::Unsupported(problem))
+            }
             Some(problem) => {
                 tracing::error!(pool = self.name, problem, "the pool is in trouble");
                 Ok(())
@@ -153,7 +167,7 @@ impl Pool {
             Err(DriverError::Full { path: path_of(&self.name), source })
         };
         if let Some(problem) = trouble(&status, &self.metadata) {
-            return full(problem);
+            return Err(self.refusal(&status, problem));
         }
         for (what, share) in [("data", status.data), ("metadata", status.metadata)] {
             let free = share.free_percent();
@@ -177,16 +191,20 @@ impl Pool {
     /// Takes over what its devices have become larger by.
     pub(super) fn grow(&self) -> Result<(), DriverError> {
         if let Devices::Loop { bytes } = self.options.devices {
-            let path = self.root.join("pool/data");
-            let grown = || {
-                let file = File::options().write(true).open(&path)?;
-                if file.metadata()?.len() < bytes {
-                    file.set_len(bytes)?;
-                    LoopDevice::existing(&self.data)?.grow()?;
-                }
-                Ok(())
-            };
-            grown().map_err(|error| DriverError::at(&path, error))?;
+            for (name, device, bytes) in
+                [("data", &self.data, bytes), ("metadata", &self.metadata, metadata_bytes(bytes))]
+            {
+                let path = self.root.join("pool").join(name);
+                let grown = || {
+                    let file = File::options().write(true).open(&path)?;
+                    if file.metadata()?.len() < bytes {
+                        file.set_len(bytes)?;
+                        LoopDevice::existing(device)?.grow()?;
+                    }
+                    Ok(())
+                };
+                grown().map_err(|error| DriverError::at(&path, error))?;
+            }
         }
         let (length, ..) = self.kernel.table(&self.name)?;
         let (data, status) = (length_of(&self.data)?, self.status()?);
@@ -195,9 +213,14 @@ impl Pool {
         // The kernel uses 16 GiB less one block map at most; what is a little larger than it says is not worth a suspension.
         let more_metadata =
             metadata > status.metadata.total + status.metadata.total / 8 && metadata < 4_145_152;
-        if (more || more_metadata) && status.mode == Mode::ReadWrite
-            || (more && status.mode == Mode::OutOfData)
-        {
+        let wanted = match status.mode {
+            Mode::ReadWrite => more || more_metadata,
+            Mode::OutOfData => more,
+            // With room again the kernel makes it writable.
+            Mode::ReadOnly => more_metadata && status.is_out_of_metadata() && !status.needs_check,
+            Mode::Failed => false,
+        };
+        if wanted {
             let table = table::pool(numbers_of(&self.metadata)?, numbers_of(&self.data)?, data);
             self.kernel.reload(&self.name, &table)?;
             tracing::info!(pool = self.name, bytes = data, "the pool has grown with its devices");
@@ -231,7 +254,8 @@ impl Pool {
             Err(refused) if refused.errno == Some(EBUSY) => {
                 Err(DriverError::Busy(format!("thin device {thin_id} of {} is in use", self.name)))
             }
-            told => told.map_err(|refused| refused.error).and_then(|()| self.require_written()),
+            Err(refused) => Err(self.explained(refused.error)),
+            Ok(()) => self.require_written(),
         }
     }
 
@@ -239,19 +263,36 @@ impl Pool {
     fn require_written(&self) -> Result<(), DriverError> {
         let status = self.status()?;
         match (status.mode, trouble(&status, &self.metadata)) {
-            (Mode::ReadOnly | Mode::Failed, Some(problem)) => Err(DriverError::Unsupported(problem)),
+            (Mode::ReadOnly | Mode::Failed, Some(problem)) => Err(self.refusal(&status, problem)),
             _ => Ok(()),
+        }
+    }
+
+    /// What the kernel says of a pool in trouble is an errno that could mean anything.
+    fn explained(&self, error: DriverError) -> DriverError {
+        self.require_written().err().unwrap_or(error)
+    }
+
+    /// What is full can be given room; anything else wants repair.
+    fn refusal(&self, status: &PoolStatus, problem: String) -> DriverError {
+        match status.mode == Mode::OutOfData || status.is_out_of_metadata() {
+            true => {
+                let source = io::Error::new(io::ErrorKind::StorageFull, problem);
+                DriverError::Full { path: path_of(&self.name), source }
+            }
+            false => DriverError::Unsupported(problem),
         }
     }
 
     fn tell(&self, text: &str) -> Result<(), DriverError> {
         self.kernel.message(&self.name, text).map_err(|refused| match refused.errno {
-            Some(EEXIST) => DriverError::Unsupported(format!(
-                "{}: {text}: the thin device is there already, and not ours; the next start looks at all of them",
+            Some(EEXIST) => DriverError::Taken(format!(
+                "{}: {text}: the thin device is there already, and not ours; it was left alone, and its number is not used any more: try \
+                 again",
                 self.name
             )),
             Some(ENODATA) => DriverError::Missing(path_of(&self.name).join(text)),
-            _ => refused.error,
+            _ => self.explained(refused.error),
         })?;
         self.require_written()
     }
@@ -274,7 +315,7 @@ impl Pool {
         let Some(_one_at_a_time) = self.reading.try_lock_for(PATIENCE) else {
             return Err(DriverError::Busy(format!("the metadata of {} are being read", self.name)));
         };
-        let kept = Kept::new(self)?;
+        let kept = Kept::new(self).map_err(|error| self.explained(error))?;
         let found = File::open(&self.metadata).and_then(|device| {
             let mut reader = Reader::open(&device)?;
             let roots = reader.kept()?.ok_or(io::ErrorKind::NotFound)?;
@@ -292,8 +333,26 @@ pub(super) fn trouble(status: &PoolStatus, metadata: &Path) -> Option<String> {
         Mode::Failed => Some(format!(
             "the pool has failed: look at dmesg, stop everything on it, remove its devices (dmsetup remove), then thin_check \
              --clear-needs-check-flag {metadata} and start again; if the device cannot be read or thin_check finds errors, thin_repair -i \
-             {metadata} -o a new device of the same size, and name that as pool.metadata"
+             {metadata} -o a new device several times as large, and name that as pool.metadata"
         )),
+        Mode::ReadOnly if status.is_out_of_metadata() => {
+            let way = match status.needs_check {
+                false => format!(
+                    "make {metadata} larger (lvextend; of a pool in files: pool.size), and the pool goes on within a minute, or with the \
+                     next start; if that cannot be, stop Speedy and everything on the pool, remove its devices (dmsetup remove), dd \
+                     if={metadata} of=a larger device bs=1M conv=fsync"
+                ),
+                // What two snapshots share of it is written once for each: it may need several times the room.
+                true => format!(
+                    "stop Speedy and everything on the pool, remove its devices (dmsetup remove), thin_repair -i {metadata} -o a device \
+                     several times as large"
+                ),
+            };
+            Some(format!(
+                "the pool's metadata device is full to its last block and the pool read-only, so that nothing can be removed either: \
+                 {way}, name that as pool.metadata, and start again"
+            ))
+        }
         _ if status.needs_check => Some(format!(
             "the pool's metadata are to be checked (needs_check): stop everything on it, remove its devices (dmsetup remove), then \
              thin_check --clear-needs-check-flag {metadata}; if that finds errors, thin_repair"
@@ -332,6 +391,11 @@ impl Drop for Kept<'_> {
     }
 }
 
+/// What a pool in files has for its metadata.
+fn metadata_bytes(data: u64) -> u64 {
+    (data / 500).clamp(16 << 20, 15 << 30) / METADATA_BLOCK * METADATA_BLOCK
+}
+
 /// The two files of a pool, on loop devices.
 fn open_files(root: &Path, bytes: u64) -> Result<(LoopDevice, LoopDevice), DriverError> {
     let dir = root.join("pool");
@@ -354,8 +418,7 @@ fn open_files(root: &Path, bytes: u64) -> Result<(LoopDevice, LoopDevice), Drive
         };
         opened().map_err(|error| DriverError::at(&path, error))
     };
-    let metadata = (bytes / 500).clamp(16 << 20, 15 << 30) / METADATA_BLOCK * METADATA_BLOCK;
-    let opened = (open("metadata", metadata)?, open("data", bytes / BLOCK_BYTES * BLOCK_BYTES)?);
+    let opened = (open("metadata", metadata_bytes(bytes))?, open("data", bytes / BLOCK_BYTES * BLOCK_BYTES)?);
     File::open(&dir).and_then(|dir| dir.sync_all()).map_err(|error| DriverError::at(&dir, error))?;
     tracing::warn!(
         dir = %dir.display(),

@@ -87,6 +87,11 @@ pub struct PoolStatus {
 }
 
 impl PoolStatus {
+    /// Whether no block is left for metadata. The kernel then makes the pool read-only, and says no more than that.
+    pub fn is_out_of_metadata(&self) -> bool {
+        self.mode == Mode::ReadOnly && self.metadata.total > 0 && self.metadata.used >= self.metadata.total
+    }
+
     /// Reads what the kernel says; `None` if that is no status of a pool.
     pub(super) fn parse(text: &str) -> Option<PoolStatus> {
         let words: Vec<&str> = text.split_whitespace().collect();
@@ -151,7 +156,13 @@ mod tests {
         let status = PoolStatus::parse(text).unwrap();
         assert_eq!((status.mode, status.needs_check), (Mode::OutOfData, true));
         assert_eq!(status.data.free_percent(), 0);
+        assert!(!status.is_out_of_metadata(), "of data");
+        let status =
+            PoolStatus::parse("0 512/512 929/8192 - ro discard_passdown error_if_no_space - 128").unwrap();
+        assert!(status.is_out_of_metadata() && !status.needs_check);
+        assert!(!PoolStatus::parse("0 511/512 929/8192 - ro x y needs_check").unwrap().is_out_of_metadata());
         assert_eq!(PoolStatus::parse("Fail").unwrap().mode, Mode::Failed);
+        assert!(!PoolStatus::parse("Fail").unwrap().is_out_of_metadata());
         for broken in ["", "x", "1 2/3 4/5 - odd", "1 2 3 - rw", "-1 1/2 1/2 - rw a b c"] {
             assert_eq!(PoolStatus::parse(broken), None, "{broken}");
         }

@@ -5,6 +5,8 @@ use crate::snapshot::report::{LayerReport, StatusReport};
 
 /// Less room than this stops pulls before long.
 const LITTLE: u64 = 1 << 30;
+/// Less of a pool than this is little.
+const LITTLE_PERCENT: u64 = 10;
 /// How many layers are named one by one.
 const NAMED: usize = 5;
 
@@ -21,11 +23,17 @@ pub(super) struct Trouble {
 
 /// What there is to look at, the urgent first.
 pub(super) fn of(status: &StatusReport, layers: &[LayerReport]) -> Vec<Trouble> {
-    let mut found: Vec<Trouble> =
-        [of_disk(status), of_layers(layers), of_store(status), of_publishing(status), of_host(status)]
-            .into_iter()
-            .flatten()
-            .collect();
+    let mut found: Vec<Trouble> = [
+        of_disk(status),
+        of_pools(status),
+        of_layers(layers),
+        of_store(status),
+        of_publishing(status),
+        of_host(status),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
     found.sort_by_key(|trouble| !trouble.is_urgent);
     found
 }
@@ -61,6 +69,27 @@ fn of_disk(status: &StatusReport) -> Vec<Trouble> {
                 disk.damaged - disk.repaired
             ),
             to_do: "They are fetched again from the store; replace the disk if it happens again.",
+        });
+    }
+    found
+}
+
+fn of_pools(status: &StatusReport) -> Vec<Trouble> {
+    let mut found = Vec::new();
+    for pool in &status.pools {
+        let what = match &pool.trouble {
+            Some(trouble) => trouble.clone(),
+            None if pool.data_free.min(pool.metadata_free) < LITTLE_PERCENT => format!(
+                "{} % of data and {} % of metadata are free in the pool.",
+                pool.data_free, pool.metadata_free
+            ),
+            None => continue,
+        };
+        found.push(Trouble {
+            alarm: "SpeedyPoolInTrouble",
+            is_urgent: true,
+            what: format!("{}: {what}", pool.root),
+            to_do: "`speedy check` says it, too; what is left takes no more snapshots below pool.reserve.",
         });
     }
     found

@@ -1,5 +1,7 @@
 use super::*;
-use crate::snapshot::report::{Problem, PublishState, StoreNumbers, StoreScrub, StoreState};
+use crate::snapshot::report::{
+    PoolState, Problem, PublishState, SnapshotNumbers, StoreNumbers, StoreScrub, StoreState,
+};
 
 const EVIL: &str = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&";
 
@@ -34,6 +36,7 @@ fn status() -> StatusReport {
         layer_images: "mounted from files".into(),
         lazy: "on".into(),
         snapshots: Default::default(),
+        pools: Vec::new(),
         layers: Default::default(),
         store: Some(StoreState {
             url: "s3://bucket/p".into(),
@@ -168,4 +171,30 @@ fn a_strangers_name_for_our_address_is_not_answered() {
     {
         assert!(!is_own_host(Some(other)), "{other}");
     }
+}
+
+#[test]
+fn a_second_root_is_shown_with_its_pool_and_what_is_wrong_with_it() {
+    let mut status = status();
+    status.pools.push(PoolState {
+        snapshotter: Some("speedy-thin".into()),
+        root: "/var/lib/thin".into(),
+        snapshots: SnapshotNumbers { active: 3, ..SnapshotNumbers::default() },
+        data_free: 55,
+        metadata_free: 66,
+        trouble: None,
+    });
+    let page = render(&status, Vec::new(), Vec::new(), 1_000_000);
+    assert!(page.contains("speedy-thin: 3 active, 0 committed"), "{page}");
+    assert!(page.contains("55 % of data and 66 % of metadata free") && !page.contains("SpeedyPoolInTrouble"));
+    status.pools[0].metadata_free = 9;
+    let page = render(&status, Vec::new(), Vec::new(), 1_000_000);
+    assert!(
+        page.contains("SpeedyPoolInTrouble") && page.contains("9 % of metadata are free in the pool"),
+        "{page}"
+    );
+    status.pools[0].trouble = Some("the pool has failed".into());
+    assert!(
+        render(&status, Vec::new(), Vec::new(), 1_000_000).contains("/var/lib/thin: the pool has failed")
+    );
 }

@@ -251,6 +251,7 @@ impl Index {
             }
             Change::Held(id) => {
                 self.slots.insert(id.slot);
+                self.pending.remove(&id);
                 self.held.insert(id);
             }
             Change::Discarded(id) => {

@@ -3,12 +3,18 @@
 use std::path::Path;
 
 use super::{MetaError, MetaStore, Room, tables};
+use crate::driver::Id;
 use crate::snapshot::{SnapshotError, schema};
 
 impl MetaStore {
     /// Keeps these slots from being given to anybody: something that is not ours has them. All others that were kept so are let go of.
     pub async fn hold(&self, slots: Vec<u32>) -> Result<(), SnapshotError> {
         self.submit(Room::Frees, move |db, _| tables::hold(db, &slots)).await
+    }
+
+    /// Keeps the slot of an Id that was made ahead from being given to anybody: something that is not ours has it.
+    pub async fn leave(&self, id: Id) -> Result<(), SnapshotError> {
+        self.submit(Room::Frees, move |db, _| tables::leave(db, id)).await
     }
 
     /// What is recorded of the whole root under this name; `first` is recorded if nothing was.

@@ -92,6 +92,13 @@ pub(super) fn hold(db: &Connection, slots: &[u32]) -> Result<Done<()>, OpError> 
     Ok(Done { answer: (), changes })
 }
 
+/// Pending → somebody else's.
+pub(super) fn leave(db: &Connection, id: Id) -> Result<Done<()>, OpError> {
+    let mut leave = db.prepare_cached("UPDATE storage SET state = ?2 WHERE serial = ?1 AND state = ?3")?;
+    let left = leave.execute(params![signed(id.serial), READY, PENDING])? == 1;
+    Ok(Done { answer: (), changes: left.then_some(Change::Held(id)).into_iter().collect() })
+}
+
 /// The value of a property, which is recorded now if it was not.
 pub(super) fn property(db: &Connection, name: &str, first: &str) -> Result<Done<String>, OpError> {
     if let Some(answer) = find_property(db, name)? {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::Snapshotter;
+use crate::driver::PoolHealth;
 use crate::layer::lazy::session::Numbers as LazyCounts;
 use crate::oci::ChainId;
 use crate::snapshot::hit::Hits;
@@ -24,6 +25,11 @@ impl Snapshotter {
             committed: counts.committed,
             removing: counts.removing,
         }
+    }
+
+    /// How the pool of its volumes is, if it has one. Blocking.
+    pub fn pool(&self) -> Option<PoolHealth> {
+        self.driver.pool()
     }
 
     /// Numbers of layer images. Blocking.

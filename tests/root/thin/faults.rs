@@ -2,65 +2,27 @@
 //! is told leads out.
 
 use std::fs;
-use std::path::PathBuf;
 
 use speedy::driver::thin::{Devices, Kind, trouble};
 use speedy::driver::{Access, Creation, Driver, DriverError};
 
-use super::{MIB, Mounted, NEVER, Node, clear, id, request, sh};
+use super::disks::{DATA, Disks, METADATA};
+use super::{Mounted, NEVER, Node, clear, id, request, sh};
 
-/// Two devices that can be made to fail.
+/// A root on devices that can be made to fail; the node goes first.
 struct Failing {
     node: Node,
-    files: tempfile::TempDir,
+    disks: Disks,
 }
 
 impl Failing {
     fn new(tag: &str, metadata_mib: u64, reserve: u8) -> Failing {
         let mut node = Node::new(tag, Kind::Ext4, 0);
-        let files = tempfile::tempdir().unwrap();
-        for (name, mib) in [("metadata", metadata_mib), ("data", 256)] {
-            let path = files.path().join(name);
-            fs::File::create(&path).unwrap().set_len(mib * MIB).unwrap();
-            sh(&format!(
-                "loop=$(losetup -f); losetup $loop {}; echo $loop >{0}.loop; \
-                 dmsetup create failing-{tag}-{name} --table \"0 {} linear $loop 0\"",
-                path.display(),
-                mib * 2048
-            ));
-        }
-        let device = |name: &str| PathBuf::from(format!("/dev/mapper/failing-{tag}-{name}"));
-        node.options.pool.devices = Devices::Direct { data: device("data"), metadata: device("metadata") };
+        let disks = Disks::new(tag, metadata_mib, 256);
+        node.options.pool.devices =
+            Devices::Direct { data: disks.device(DATA), metadata: disks.device(METADATA) };
         node.options.pool.reserve = reserve;
-        Failing { node, files }
-    }
-
-    /// Every request to the device is an error from now on, or is served again.
-    fn fail(&self, name: &str, fails: bool) {
-        let path = self.files.path().join(name);
-        let sectors = fs::metadata(&path).unwrap().len() / 512;
-        let table = match fails {
-            true => format!("0 {sectors} error"),
-            false => format!("0 {sectors} linear $(cat {}.loop) 0", path.display()),
-        };
-        let device = format!("failing-{}-{name}", self.node.options.tag);
-        sh(&format!(
-            "dmsetup load {device} --table \"{table}\"; dmsetup suspend --noflush --nolockfs {device}; dmsetup resume {device}"
-        ));
-    }
-}
-
-impl Drop for Failing {
-    fn drop(&mut self) {
-        clear(&self.node.options.tag);
-        for name in ["metadata", "data"] {
-            let path = self.files.path().join(name);
-            sh(&format!(
-                "dmsetup remove failing-{}-{name}; losetup -d $(cat {}.loop)",
-                self.node.options.tag,
-                path.display()
-            ));
-        }
+        Failing { node, disks }
     }
 }
 
@@ -94,18 +56,18 @@ fn a_metadata_device_that_fails_is_named_and_repaired() {
     driver.create(&Creation::active(id(1), None)).unwrap();
     commit_one(&driver, || Mounted::of(&driver, &request(id(1), &[], Access::ReadWrite, None)));
 
-    failing.fail("metadata", true);
+    failing.disks.fail(METADATA, true);
     let refused = driver.create(&Creation::active(id(2), Some(id(1)))).unwrap_err();
     println!("a snapshot: {refused}");
     let said = trouble(&driver.status().unwrap()).unwrap();
     println!("the pool: {said}");
     assert!(said.contains("dmsetup remove") && said.contains("thin_check"), "{said}");
-    let full = matches!(driver.create(&Creation::active(id(2), Some(id(1)))), Err(DriverError::Full { .. }));
-    assert!(full, "and no snapshot afterwards");
+    let again = driver.create(&Creation::active(id(2), Some(id(1))));
+    assert!(matches!(again, Err(DriverError::Unsupported(_))), "and no snapshot afterwards: {again:?}");
     drop(driver);
 
     // As it says.
-    failing.fail("metadata", false);
+    failing.disks.fail(METADATA, false);
     clear("eiometa");
     sh("pdata_tools thin_check --clear-needs-check-flag /dev/mapper/failing-eiometa-metadata");
     let driver = failing.node.recovered(&[id(1), id(2)]);
@@ -127,13 +89,13 @@ fn a_data_device_that_fails_costs_what_was_not_committed() {
     let refused = driver.fill(id(2), &mut |dir| {
         fs::write(dir.join("more"), vec![8; 2 << 20])?;
         // From here to the sync.
-        failing.fail("data", true);
+        failing.disks.fail(DATA, true);
         Ok(())
     });
     let refused = refused.unwrap_err();
     println!("a layer: {refused}");
     assert!(matches!(refused, DriverError::Io { .. }), "{refused:?}");
-    failing.fail("data", false);
+    failing.disks.fail(DATA, false);
     driver.remove(id(2), NEVER).unwrap();
     require_one(&driver);
     driver.create(&Creation::active(id(2), Some(id(1)))).unwrap();
