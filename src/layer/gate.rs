@@ -14,7 +14,7 @@ use crate::chunk::BLOCK;
 /// How many bytes of chunks that somebody waits for may be on their way or not written yet, all layers together.
 const ROOM_DEMAND: u32 = 24 << 20;
 /// The same for those that nobody waits for yet.
-const ROOM_AHEAD: u32 = 16 << 20;
+const ROOM_AHEAD: u32 = 24 << 20;
 /// How long after the last read that waited others stand back: a program that starts reads again and again.
 const CALM: Duration = Duration::from_secs(1);
 /// How long what was only just found stands back for a container that may be about to start.
