@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::device::{EBUSY, EEXIST, ENODATA, Kernel, path_of};
+use super::device::{EBUSY, EEXIST, ENODATA, Kernel, path_of, within};
 use super::metadata::{Device, Reader, Roots, Superblock};
 use super::table::{self, BLOCK, BLOCK_BYTES, METADATA_BLOCK, Mode, PoolStatus};
 use crate::driver::{DriverError, PoolHealth};
@@ -304,25 +304,32 @@ impl Pool {
 
     /// The bytes that a thin device has written since it was made; `None` if there is no such device.
     pub(super) fn own_bytes(&self, thin_id: u32) -> Result<Option<u64>, DriverError> {
-        let own = self.read(|reader, roots| match reader.devices(roots)?.get(&thin_id) {
+        let own = self.read(move |reader, roots| match reader.devices(roots)?.get(&thin_id) {
             Some(device) => reader.own_blocks(roots, thin_id, *device).map(Some),
             None => Ok(None),
         })?;
         Ok(own.map(|blocks| blocks.saturating_mul(BLOCK_BYTES)))
     }
 
-    fn read<T>(&self, read: impl FnOnce(&mut Reader, &Roots) -> io::Result<T>) -> Result<T, DriverError> {
+    fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&mut Reader, &Roots) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, DriverError> {
         let Some(_one_at_a_time) = self.reading.try_lock_for(PATIENCE) else {
             return Err(DriverError::Busy(format!("the metadata of {} are being read", self.name)));
         };
         let kept = Kept::new(self).map_err(|error| self.explained(error))?;
-        let found = File::open(&self.metadata).and_then(|device| {
-            let mut reader = Reader::open(&device)?;
-            let roots = reader.kept()?.ok_or(io::ErrorKind::NotFound)?;
-            read(&mut reader, &roots)
+        let metadata = self.metadata.clone();
+        let found = within(&self.name, move || {
+            let found = File::open(&metadata).and_then(|device| {
+                let mut reader = Reader::open(&device)?;
+                let roots = reader.kept()?.ok_or(io::ErrorKind::NotFound)?;
+                read(&mut reader, &roots)
+            });
+            found.map_err(|error| DriverError::at(&metadata, error))
         });
         drop(kept);
-        found.map_err(|error| DriverError::at(&self.metadata, error))
+        found
     }
 }
 
