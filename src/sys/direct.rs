@@ -35,7 +35,11 @@ impl Blocks {
         Blocks { memory, start, length }
     }
 
+    /// Nothing for what is short, which would hold the memory of something long for as long as it is wanted.
     fn kept(length: usize) -> Option<Vec<u8>> {
+        if length < *WORTH_KEEPING.start() {
+            return None;
+        }
         let mut kept = KEPT.lock();
         let fits = kept.iter().rposition(|memory| memory.len() >= length + ALIGNED)?;
         Some(kept.swap_remove(fits))

@@ -53,7 +53,9 @@ fn the_keepers_help_teaches() {
 #[test]
 fn completion_and_manual_are_printed() {
     for shell in ["bash", "zsh", "fish"] {
-        let script = String::from_utf8(speedy(&["completion", shell]).stdout).unwrap();
+        let output = speedy(&["completion", shell]);
+        assert!(output.status.success(), "{shell}: {output:?}");
+        let script = String::from_utf8(output.stdout).unwrap();
         for word in VERBS.iter().chain(&["from-registry", "ignore-damage", "hosts"]) {
             assert!(script.contains(word), "{shell} completes no {word}");
         }

@@ -349,7 +349,7 @@ fn a_finding_says_whom_it_touches_and_what_came_of_it() {
         let found = Found { store: report, outcomes, node: None };
         assert_eq!(found.code(), DAMAGED);
         let (text, json) = (show::human(&found, true), show::json(&found, found.code()));
-        assert!(text.contains(&format!("missing    {chunk}: 1 layer")), "{text}");
+        assert!(text.contains(&format!("missing    {chunk}: 1 layer, no named image")), "{text}");
         assert!(
             text.contains("2 objects were missing or damaged, 1 were repaired, 1 could not be"),
             "{text}"

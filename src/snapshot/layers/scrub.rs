@@ -66,18 +66,14 @@ impl Layers {
         let path = self.store.image(serial);
         let opened = self.store.read(serial)?;
         let at_path = |error| LayerError::at(&path, error);
-        let mut disk = Direct::open(&opened).map_err(at_path)?;
+        let disk = Arc::new(Direct::open(&opened).map_err(at_path)?);
         drop(opened);
         let mut damaged = Vec::new();
         for (at, (offset, chunk)) in index.chunks().enumerate() {
             let began = Instant::now();
-            let path = path.clone();
-            let read = move || {
-                let right = is_right(&disk, offset, chunk).map_err(|error| LayerError::at(&path, error))?;
-                Ok::<_, LayerError>((disk, right))
-            };
-            let (back, right) = blocking(read).await?;
-            disk = back;
+            let (disk, path) = (Arc::clone(&disk), path.clone());
+            let read = move || is_right(&disk, offset, chunk).map_err(|error| LayerError::at(&path, error));
+            let right = blocking(read).await?;
             if !right {
                 damaged.push(at);
             }

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
+use speedy::content::ContentStore;
 use speedy::content::name::ImageName;
 use speedy::content::survey::Survey;
 use speedy::content::trust::Trust;
@@ -50,16 +51,22 @@ fn json(mut command: Command) -> serde_json::Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
+/// A store in this directory with an image that has a name, of a layer of so many bytes; its URL, its objects and who publishes to it.
+async fn store_with_kept(top: &Path, bytes: u64) -> (String, Objects, ContentStore) {
+    let store = format!("file://{}", top.display());
+    let objects = Objects::open(&store, &StoreOptions::default()).unwrap();
+    let (content, _) = node(&objects, key(1), Trust::Keys(Vec::new()));
+    let kept = Image::make(top.parent().unwrap(), 1, bytes);
+    kept.publish(&content, &[chain("kept")]).await.unwrap();
+    content.publish_name(&name("r.example/kept:1", &["kept"]), &[]).await.unwrap();
+    (store, objects, content)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collection_that_is_killed_is_run_again() {
     let dir = tempfile::tempdir().unwrap();
     let (top, root) = (dir.path().join("store"), dir.path().join("root"));
-    let store = format!("file://{}", top.display());
-    let objects = Objects::open(&store, &StoreOptions::default()).unwrap();
-    let (content, _) = node(&objects, key(1), Trust::Keys(Vec::new()));
-    let kept = Image::make(dir.path(), 1, 2 << 20);
-    kept.publish(&content, &[chain("kept")]).await.unwrap();
-    content.publish_name(&name("r.example/kept:1", &["kept"]), &[]).await.unwrap();
+    let (store, objects, content) = store_with_kept(&top, 2 << 20).await;
     for n in 0..6_u64 {
         let image = Image::make(dir.path(), 10 + n, 3 << 20);
         image.publish(&content, &[chain(&format!("gone {n}"))]).await.unwrap();
@@ -110,12 +117,7 @@ fn a_short_grace_period_is_refused_by_the_command() {
 async fn nothing_to_delete_takes_no_time_and_a_refusal_is_foreseen() {
     let dir = tempfile::tempdir().unwrap();
     let (top, root) = (dir.path().join("store"), dir.path().join("root"));
-    let store = format!("file://{}", top.display());
-    let objects = Objects::open(&store, &StoreOptions::default()).unwrap();
-    let (content, _) = node(&objects, key(1), Trust::Keys(Vec::new()));
-    let image = Image::make(dir.path(), 1, 1 << 20);
-    image.publish(&content, &[chain("kept")]).await.unwrap();
-    content.publish_name(&name("r.example/kept:1", &["kept"]), &[]).await.unwrap();
+    let (store, objects, _) = store_with_kept(&top, 1 << 20).await;
     grow_old(&top);
     let began = Instant::now();
     let sound = json(gc(&store, &root, &["--execute"]));
