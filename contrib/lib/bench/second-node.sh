@@ -1,5 +1,5 @@
-# contrib/bench second-node [--rounds N] [--mbit N] [--delay D] [IMAGE...]: a second node starts an image that the first one has
-# published. Registry and store (a Ceph cluster in memory) are behind one link, by default 1000 Mbit/s and 1 ms each way; `overlayfs`
+# contrib/bench second-node [--rounds N] [--store ceph|versity] [--mbit N] [--delay D] [IMAGE...]: a second node starts an image that the first one has
+# published. Registry and store are behind one link, by default 1000 Mbit/s and 1 ms each way; `overlayfs`
 # from the registry and `speedy` from the store in turn, by `nerdctl run --pull always` until the program's first line.
 # shellcheck shell=bash
 

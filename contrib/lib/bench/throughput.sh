@@ -1,11 +1,11 @@
-# contrib/bench throughput [--rounds N] [--mbit N] [--delay D] [IMAGE]: publishing and fetching one image, in MB of plain layer image
-# a second, on a directory, on a Ceph cluster in memory, and on that behind a link; and beside it what limits them.
+# contrib/bench throughput [--rounds N] [--store ceph|versity] [--mbit N] [--delay D] [IMAGE]: publishing and fetching one image, in MB of plain layer image
+# a second, on a directory, on a store in memory, and on that behind a link; and beside it what limits them.
 # shellcheck shell=bash
 
 bench_throughput() {
     local name=${1:-big} round store endpoint
     step "Make and push $name" push_image "$name"
-    step "Start Ceph" start_store
+    step "Start the store ($STORE)" start_store
     endpoint=${AWS_ENDPOINT_URL#http://}
     start_link -registry "127.0.0.1:0=$REGISTRY" -listen "127.0.0.1:0=$endpoint"
     quiet_collector
@@ -19,7 +19,7 @@ bench_throughput() {
     on b start_containerd "$CONTAINERD_VERSION"
     machine
     for ((round = 1; round <= ROUNDS; round++)); do
-        for store in directory ceph link; do
+        for store in directory "$STORE" link; do
             throughput_of "$store" "$name" "$endpoint" "$round"
         done
     done
@@ -37,8 +37,8 @@ throughput_of() {
     link_post "link?mbit=0&delay=0"
     case $1 in
         directory) url=file://$W/store-$4; mkdir -p "$W/store-$4" ;;
-        ceph) url=$SPEEDY_STORE-$4 ;;
         link) url=$SPEEDY_STORE-link-$4 address=http://$(link_address "$3"); link_post "link?mbit=$MBIT&delay=$DELAY" ;;
+        *) url=$SPEEDY_STORE-$4 ;;
     esac
     restart_with "$address" --store "$url"
     cold
@@ -64,10 +64,10 @@ throughput_of() {
     on b empty_node
     case $1 in
         directory) rm -rf "$W/store-$4" ;;
-        # The cluster has room for little more than two of them.
-        ceph) clear_store "$url" ;;
         # The last one is a limit's.
         link) PLAIN=$plain; (($4 == ROUNDS)) || clear_store "$url" ;;
+        # The cluster has room for little more than two of them.
+        *) clear_store "$url" ;;
     esac
 }
 
@@ -127,8 +127,8 @@ limits() {
     disk_limits
     same_objects "$2" "$decompress" "$hash"
     python3 "$REPO/contrib/lib/s3.py" speed "s3://${SPEEDY_STORE#s3://}-speed" >"$W/speed"
-    record "Ceph, 8 puts of 1 MiB at once (stored bytes)" "MB/s" "$(cut -d' ' -f1 "$W/speed")"
-    record "Ceph, 8 gets of 1 MiB at once (stored bytes)" "MB/s" "$(cut -d' ' -f2 "$W/speed")"
+    record "$STORE, 8 puts of 1 MiB at once (stored bytes)" "MB/s" "$(cut -d' ' -f1 "$W/speed")"
+    record "$STORE, 8 gets of 1 MiB at once (stored bytes)" "MB/s" "$(cut -d' ' -f2 "$W/speed")"
     record "link (stored bytes)" "MB/s" "$((MBIT / 8))"
 }
 
@@ -156,9 +156,9 @@ same_objects() {
     python3 "$REPO/contrib/lib/s3.py" ls "$url/chunks/" >"$W/chunks"
     stored=$(awk '{ sum += $1 } END { print sum }' "$W/chunks")
     for turn in 1 2 3; do
-        for way in Ceph link; do
+        for way in "$STORE" link; do
             address=$1
-            [[ $way == Ceph ]] || address=$(link_address "$1")
+            [[ $way == "$STORE" ]] || address=$(link_address "$1")
             (umask 077 && curl_list "http://$address" <"$W/chunks" >"$W/curl")
             row="$way, the same objects by curl, nothing checked or written"
             cold
