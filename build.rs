@@ -10,6 +10,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "services/leases/v1/leases.proto",
             "services/diff/v1/diff.proto",
             "services/events/v1/events.proto",
+            "events/content.proto",
             "services/content/v1/content.proto",
             "services/images/v1/images.proto",
             "services/namespaces/v1/namespace.proto",

@@ -15,9 +15,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::{Config, DriverKind, LayerSharing};
-use crate::containerd;
 use crate::containerd::blob::Blobs;
 use crate::containerd::events::Noticed;
+use crate::containerd::manifest::{LONGEST_DOCUMENT, chains_of};
+use crate::containerd::{self, ContainerdError};
 use crate::content::ContentError;
 use crate::content::memory::MemoryError;
 use crate::content::trust::{KEY_FILE, KeyError};
@@ -25,6 +26,7 @@ use crate::driver::overlay::{Overlay, OverlayOptions};
 use crate::driver::{Driver, DriverError, probe};
 use crate::keeper::circular::{self, Circular};
 use crate::layer::LayerError;
+use crate::oci::Digest;
 use crate::registry::RegistryError;
 use crate::service::{self, About, ServeError, Served, Shown};
 use crate::snapshot::SnapshotError;
@@ -120,6 +122,9 @@ pub enum DaemonError {
     Io(#[from] std::io::Error),
 }
 
+/// How long the configuration of an image may take to be read.
+const CONFIGURATION: Duration = Duration::from_secs(5);
+
 /// Runs the daemon until `stop`. `inherited` is the socket that systemd made, if it did.
 pub async fn run(
     config: &Config,
@@ -156,7 +161,9 @@ pub async fn run(
     let background = TaskTracker::new();
     let background_stop = CancellationToken::new();
     let _stop_on_error = background_stop.clone().drop_guard();
-    spawn_work(&background, &snapshotter, beside.as_ref(), config, &background_stop);
+    let foreseeing =
+        Foreseeing { blobs: blobs.clone(), work: background.clone(), stop: background_stop.clone() };
+    spawn_work(&background, &snapshotter, beside.as_ref(), config, foreseeing);
     let volumes = beside.as_ref().map(|beside| beside.serve(&background, &background_stop));
     scrubber.map(|scrubber| background.spawn(scrubber.run(background_stop.clone())));
     keeping.clone().map(|keeping| background.spawn(keeping.watch(background_stop.clone())));
@@ -206,8 +213,9 @@ fn spawn_work(
     snapshotter: &Arc<Snapshotter>,
     beside: Option<&thin::Beside>,
     config: &Config,
-    stop: &CancellationToken,
+    foreseeing: Foreseeing,
 ) {
+    let stop = foreseeing.stop.clone();
     let (work, work_stop) = (Arc::clone(snapshotter), stop.clone());
     background.spawn(async move { work.run(work_stop).await });
     let (watching, beside) = (Arc::clone(snapshotter), beside.map(thin::Beside::snapshotter));
@@ -222,8 +230,43 @@ fn spawn_work(
             [Some(&watching), beside.as_ref()].into_iter().flatten().for_each(|one| one.removed())
         }
         Noticed::Image => watching.images_changed(),
+        Noticed::Configuration { namespace, digest } => {
+            let all = [Some(&watching), beside.as_ref()].into_iter().flatten();
+            foreseeing.tell(namespace, digest, all.filter(|one| one.asks_a_store()).cloned().collect());
+        }
     };
-    background.spawn(containerd::events::watch(config.containerd.clone(), tell, stop.clone()));
+    background.spawn(containerd::events::watch(config.containerd.clone(), tell, stop));
+}
+
+/// Reads configurations of images that are being pulled.
+struct Foreseeing {
+    blobs: Blobs,
+    work: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Foreseeing {
+    /// Tells of the layers of the image whose configuration this is; what is none is none.
+    fn tell(&self, namespace: &str, digest: Digest, told: Vec<Arc<Snapshotter>>) {
+        if told.is_empty() {
+            return;
+        }
+        let (blobs, namespace, stop) = (self.blobs.clone(), namespace.to_owned(), self.stop.clone());
+        let read = async move {
+            let config = blobs.containerd(&namespace).await?.read(&digest, LONGEST_DOCUMENT).await?;
+            Ok::<_, ContainerdError>(chains_of(&config, &digest)?)
+        };
+        self.work.spawn(async move {
+            match stop.run_until_cancelled(tokio::time::timeout(CONFIGURATION, read)).await {
+                Some(Ok(Ok(chains))) => {
+                    told.iter().for_each(|snapshotter| snapshotter.configuration_stored(chains.clone()));
+                }
+                Some(Ok(Err(error))) => tracing::debug!(%error, "the layers of an image cannot be foreseen"),
+                // Too late to be of use, or nobody wants it any more.
+                Some(Err(_)) | None => {}
+            }
+        });
+    }
 }
 
 /// Serves until told to stop; then takes the socket away, so that nobody new comes, and waits for those that are there, but not

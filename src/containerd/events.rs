@@ -1,5 +1,5 @@
-//! What is noticed of containerd while it runs: which version it is, that its collector is about to run, and that there is an
-//! image to be named.
+//! What is noticed of containerd while it runs: which version it is, that its collector is about to run, that there is an
+//! image to be named, and the configuration of one that is being pulled.
 //!
 //! An image's removal is published before the collection it causes. The collector waits for every Prepare that is under way, and
 //! everybody else waits for the collector, so whoever waits for the store in a Prepare is told to come to an end.
@@ -7,11 +7,16 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use prost::Message;
 use tokio_util::sync::CancellationToken;
 
 use super::ContainerdError;
+use super::manifest::LONGEST_DOCUMENT;
+use crate::oci::Digest;
+use crate::proto::containerd::events::ContentCreate;
 use crate::proto::containerd::services::events::v1::SubscribeRequest;
 use crate::proto::containerd::services::events::v1::events_client::EventsClient;
+use crate::proto::containerd::types::Envelope;
 
 /// How long to wait before asking again after containerd went away, first and at most.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
@@ -23,8 +28,13 @@ const REMOVED: [&str; 3] = ["/images/delete", "/snapshot/remove", "/containers/d
 /// What makes an image, or gives its name to another one.
 const CHANGED: [&str; 2] = ["/images/create", "/images/update"];
 
+/// What says that a blob is in the content store, and which blobs are of interest. containerd 2.3 and older say no media type.
+const STORED: &str = "/content/create";
+const CONFIGURATIONS: [&str; 3] =
+    ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json", ""];
+
 /// What is noticed of containerd.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Noticed<'a> {
     /// It is there, of this version, such as `v2.4.2`.
     There(&'a str),
@@ -34,6 +44,13 @@ pub enum Noticed<'a> {
     Removal,
     /// An image was made, or a name given to another one.
     Image,
+    /// A blob was stored in a namespace that may be an image's configuration.
+    Configuration {
+        /// The namespace.
+        namespace: &'a str,
+        /// The blob.
+        digest: Digest,
+    },
 }
 
 /// Tells what is noticed, as it happens, until `stop`; and in the log when containerd comes and goes.
@@ -76,12 +93,67 @@ async fn watch_one(
         *known = Some(version);
     }
     // containerd's answer begins with the first event, so this waits for it.
-    let filters = REMOVED.iter().chain(&CHANGED).map(|topic| format!("topic==\"{topic}\"")).collect();
+    let topics = REMOVED.iter().chain(&CHANGED).chain([&STORED]);
+    let filters = topics.map(|topic| format!("topic==\"{topic}\"")).collect();
     let mut events = EventsClient::new(channel).subscribe(SubscribeRequest { filters }).await?.into_inner();
     while let Ok(Some(event)) = events.message().await {
         tracing::debug!(topic = event.topic, namespace = event.namespace, "an event of containerd");
-        let changed = CHANGED.contains(&event.topic.as_str());
-        tell(if changed { Noticed::Image } else { Noticed::Removal });
+        if let Some(noticed) = noticed(&event) {
+            tell(noticed);
+        }
     }
     Ok(())
+}
+
+fn noticed(event: &Envelope) -> Option<Noticed<'_>> {
+    if event.topic != STORED {
+        let changed = CHANGED.contains(&event.topic.as_str());
+        return Some(if changed { Noticed::Image } else { Noticed::Removal });
+    }
+    let stored = ContentCreate::decode(event.event.as_ref()?.value.as_slice()).ok()?;
+    let is_small = u64::try_from(stored.size).is_ok_and(|size| size <= LONGEST_DOCUMENT);
+    let is_one = is_small && CONFIGURATIONS.contains(&stored.media_type.as_str());
+    let digest = Digest::parse(&stored.digest).ok().filter(|_| is_one)?;
+    Some(Noticed::Configuration { namespace: &event.namespace, digest })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(digest: &str, size: i64, media_type: &str) -> Envelope {
+        let (digest, media_type) = (digest.to_owned(), media_type.to_owned());
+        let value = ContentCreate { digest, size, media_type }.encode_to_vec();
+        let event = Some(prost_types::Any { type_url: "containerd.events.ContentCreate".into(), value });
+        Envelope { topic: STORED.into(), namespace: "k8s.io".into(), event, ..Envelope::default() }
+    }
+
+    #[test]
+    fn a_stored_configuration_is_noticed_and_a_layer_is_not() {
+        let digest = format!("sha256:{}", "a".repeat(64));
+        for media_type in CONFIGURATIONS {
+            let event = stored(&digest, 1000, media_type);
+            let wanted =
+                Noticed::Configuration { namespace: "k8s.io", digest: Digest::parse(&digest).unwrap() };
+            assert_eq!(noticed(&event), Some(wanted), "{media_type}");
+        }
+        for (digest, size, media_type) in [
+            (digest.as_str(), 1000, "application/vnd.oci.image.layer.v1.tar+gzip"),
+            (digest.as_str(), 1 << 40, CONFIGURATIONS[0]),
+            (digest.as_str(), -1, CONFIGURATIONS[0]),
+            ("sha256:../..", 1000, CONFIGURATIONS[0]),
+        ] {
+            assert_eq!(noticed(&stored(digest, size, media_type)), None, "{digest} {size} {media_type}");
+        }
+        let mut event = stored(&digest, 1000, "");
+        event.event = Some(prost_types::Any { value: vec![0xff; 9], ..prost_types::Any::default() });
+        assert_eq!(noticed(&event), None);
+    }
+
+    #[test]
+    fn other_events_are_what_they_were() {
+        let event = |topic: &str| Envelope { topic: topic.into(), ..Envelope::default() };
+        assert_eq!(noticed(&event("/images/update")), Some(Noticed::Image));
+        assert_eq!(noticed(&event("/snapshot/remove")), Some(Noticed::Removal));
+    }
 }

@@ -310,24 +310,46 @@ fn pick(manifests: Vec<RawDescriptor>, wanted: &Platform) -> Result<Descriptor, 
     best.map(|(_, manifest)| manifest).ok_or(ManifestError::NoPlatform { wanted: wanted.clone(), offered })
 }
 
+/// The layers of an image by its configuration alone, from the bottom up: what each makes with those below it.
+pub fn chains_of(config: &[u8], digest: &Digest) -> Result<Vec<ChainId>, ManifestError> {
+    let diffs = diffs(&read_config(config, digest)?, digest)?;
+    Ok(diffs.into_iter().map(|(_, chain)| chain).collect())
+}
+
+fn read_config(config: &[u8], digest: &Digest) -> Result<RawConfig, ManifestError> {
+    serde_json::from_slice(config).map_err(|source| ManifestError::Malformed {
+        what: "configuration",
+        digest: digest.clone(),
+        source,
+    })
+}
+
+/// The layers that a configuration lists, each with the chain that it makes.
+fn diffs(config: &RawConfig, digest: &Digest) -> Result<Vec<(DiffId, ChainId)>, ManifestError> {
+    let no_image = |problem| ManifestError::NoImage { digest: digest.clone(), problem };
+    if config.rootfs.diff_ids.len() > MOST_LAYERS {
+        return Err(no_image("it has more layers than an image can have"));
+    }
+    let mut diffs: Vec<(DiffId, ChainId)> = Vec::with_capacity(config.rootfs.diff_ids.len());
+    for diff in &config.rootfs.diff_ids {
+        let diff = DiffId(Digest::parse(diff).map_err(|_| no_image("a diff ID in it is not a SHA-256"))?);
+        let chain = ChainId::of(diffs.last().map(|(_, below)| below), &diff);
+        diffs.push((diff, chain));
+    }
+    Ok(diffs)
+}
+
 impl Manifest {
     /// The layers with the names that the configuration gives to them, and the platform that it says the image is for.
     pub fn layers(&self, config: &[u8]) -> Result<(Vec<Layer>, Platform), ManifestError> {
         let digest = &self.config.digest;
-        let config: RawConfig = serde_json::from_slice(config).map_err(|source| {
-            ManifestError::Malformed { what: "configuration", digest: digest.clone(), source }
-        })?;
+        let config = read_config(config, digest)?;
         let no_image = |problem| ManifestError::NoImage { digest: digest.clone(), problem };
         if config.rootfs.diff_ids.len() != self.layers.len() {
             return Err(no_image("its configuration has another number of layers than its manifest"));
         }
-        let mut layers: Vec<Layer> = Vec::with_capacity(self.layers.len());
-        for (blob, diff) in self.layers.iter().zip(&config.rootfs.diff_ids) {
-            let diff = Digest::parse(diff).map_err(|_| no_image("a diff ID in it is not a SHA-256"))?;
-            let diff_id = DiffId(diff);
-            let chain = ChainId::of(layers.last().map(|below| &below.chain), &diff_id);
-            layers.push(Layer { blob: blob.clone(), diff_id, chain });
-        }
+        let layers = self.layers.iter().cloned().zip(diffs(&config, digest)?);
+        let layers = layers.map(|(blob, (diff_id, chain))| Layer { blob, diff_id, chain }).collect();
         let Platform { os, architecture, .. } = Platform::host();
         let or = |said: String, else_: String| if said.is_empty() { else_ } else { said };
         let platform = Platform {

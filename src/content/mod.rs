@@ -426,6 +426,21 @@ impl ContentStore {
         lacking.try_collect().await
     }
 
+    /// Whether the store is far: [`Objects::is_far`].
+    pub fn is_far(&self) -> bool {
+        self.parts.objects.is_far()
+    }
+
+    /// How far: [`Objects::distance`].
+    pub fn distance(&self) -> Duration {
+        self.parts.objects.distance()
+    }
+
+    /// Sees to it that the next requests go out at once: [`Objects::get_ready`].
+    pub async fn get_ready(&self, connections: usize) {
+        self.parts.objects.get_ready(connections).await;
+    }
+
     /// The plain bytes of a chunk, which have its id.
     pub async fn chunk(&self, chunk: ChunkRef) -> Result<Bytes, ContentError> {
         Ok(self.parts.chunks.get(chunk).await?)

@@ -109,6 +109,7 @@ fn layers(snapshotter: &Snapshotter) -> LayerLevels {
         fills: vec![("done", fills.done), ("failed", fills.failed)],
         filled_bytes: vec![("store", fills.fetched), ("node", fills.shared)],
         lookups: snapshotter.lookups(),
+        foreseen: snapshotter.foreseen(),
         limit: disk.limit.unwrap_or(0),
         punched: disk.given_up,
         demotions: disk.demotions,

@@ -48,7 +48,7 @@ use ahead::Ahead;
 use landing::{Bits, Way, Writing};
 
 /// How many chunks of one layer are on their way at once: 32 of half a MiB keep a link of 1 Gbit/s and 40 ms busy.
-const AT_ONCE: usize = 32;
+const AT_ONCE: usize = 64;
 /// A fill that takes longer is looked at again as a whole when it is done.
 const SEEN_LATELY: Duration = Duration::from_secs(30);
 /// How long a read waits for a store that does not give its chunk.
@@ -331,6 +331,12 @@ impl Cold {
         }
     }
 
+    /// Of a far store.
+    fn distance(&self) -> Option<Duration> {
+        let content = &self.supply.content;
+        content.is_far().then(|| content.distance())
+    }
+
     fn unavailable(&self, source: crate::content::ContentError) -> LayerError {
         LayerError::Chunk { layer: self.index.facts().diff_id.to_string(), source }
     }
@@ -352,7 +358,7 @@ impl Cold {
         if self.earlier == Earlier::Doubted && self.is_in_file(at, offset, chunk).await {
             return Ok((None, None));
         }
-        let room = self.gate.room(chunk.length, urgency).await;
+        let room = self.gate.room(chunk.length, urgency, self.distance().is_some()).await;
         let got = self.supply.get(chunk).await;
         let (bytes, supplier) = got.map_err(|source| self.unavailable(source))?;
         Ok((Some(bytes.clone()), self.keep(at, (bytes, supplier), way.clone(), room)))
@@ -417,7 +423,7 @@ impl Cold {
                     None if self.is_claimed(&claims) => return Ok(()),
                     None => tokio::select! {
                         () = moved => continue,
-                        turn = self.gate.rest(self.serial, began) => match self.claim(&claims, false) {
+                        turn = self.gate.rest(self.serial, began, self.distance()) => match self.claim(&claims, false) {
                             Some(at) => (at, turn, &past),
                             None => continue,
                         },
@@ -428,7 +434,7 @@ impl Cold {
                 made?;
             }
         };
-        let workers = (0..AT_ONCE).map(|number| worker(number).boxed());
+        let workers = (0..AT_ONCE.min(self.index.chunks().len())).map(|number| worker(number).boxed());
         let filled: Result<Vec<()>, LayerError> = future::try_join_all(workers).await;
         filled?;
         if began.elapsed() > SEEN_LATELY {

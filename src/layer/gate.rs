@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use crate::chunk::BLOCK;
@@ -27,6 +27,12 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How many chunks that will be read next are fetched while somebody reads, and how many others.
 const NEXT: usize = 16;
 const REST: usize = 1;
+/// How many chunks of a far store a fill fetches while somebody reads: a reader waits for the way and not for what else is on the link, so that
+/// a fill that stands back only has the link stand idle.
+const FAR_AT_ONCE: (usize, usize, usize) = (1, 32, 144);
+/// By how much a chunk is longer than its stored form, roughly: of a far store most chunks that were asked for are on the way, and take no
+/// memory yet.
+const SHRINKS: u32 = 3;
 
 /// See the module's page.
 #[derive(Debug)]
@@ -40,6 +46,81 @@ pub struct Gate {
     held: Mutex<HashMap<u64, usize>>,
     demand: Arc<Semaphore>,
     ahead: Arc<Semaphore>,
+    far: Far,
+}
+
+/// How many fetches are under way: as many as do not wait for each other, so that a long way is filled (300 ms at 1 Gbit/s are 37 MB)
+/// and what a container asks for itself need not wait behind them on a thin one.
+#[derive(Debug)]
+pub struct Window {
+    at_once: usize,
+    least: usize,
+    most: usize,
+    quickest: Duration,
+}
+
+impl Window {
+    /// Of so many at least, to begin with, and at most.
+    pub fn new((least, first, most): (usize, usize, usize)) -> Window {
+        Window { at_once: first, least, most, quickest: Duration::MAX }
+    }
+
+    /// How many may be under way now.
+    pub fn at_once(&self) -> usize {
+        self.at_once
+    }
+
+    /// A fetch took so long; one that was quicker than `distance` did not come from the store.
+    pub fn took(&mut self, took: Duration, distance: Duration) {
+        self.quickest = self.quickest.min(took.max(distance));
+        if took < self.quickest * 2 {
+            self.at_once = (self.at_once + 1).min(self.most);
+        } else if took > self.quickest * 4 {
+            self.at_once = (self.at_once - 1).max(self.least);
+        }
+    }
+}
+
+/// What of a far store is fetched although somebody reads.
+#[derive(Debug)]
+struct Far {
+    window: Mutex<Window>,
+    under_way: AtomicUsize,
+    freed: Notify,
+}
+
+impl Default for Far {
+    fn default() -> Far {
+        let (window, under_way) = (Mutex::new(Window::new(FAR_AT_ONCE)), AtomicUsize::new(0));
+        Far { window, under_way, freed: Notify::new() }
+    }
+}
+
+impl Far {
+    fn begin(&self, distance: Duration) -> Option<Way<'_>> {
+        let window = self.window.lock();
+        if self.under_way.load(Ordering::Acquire) >= window.at_once() {
+            return None;
+        }
+        self.under_way.fetch_add(1, Ordering::AcqRel);
+        Some(Way { far: self, distance, began: Instant::now() })
+    }
+}
+
+/// A chunk of a far store is on its way.
+#[derive(Debug)]
+struct Way<'a> {
+    far: &'a Far,
+    distance: Duration,
+    began: Instant,
+}
+
+impl Drop for Way<'_> {
+    fn drop(&mut self) {
+        self.far.window.lock().took(self.began.elapsed(), self.distance);
+        self.far.under_way.fetch_sub(1, Ordering::AcqRel);
+        self.far.freed.notify_one();
+    }
 }
 
 impl Default for Gate {
@@ -48,7 +129,8 @@ impl Default for Gate {
         let (demand, ahead) = (room(ROOM_DEMAND), room(ROOM_AHEAD));
         let (next, rest) = (Semaphore::new(NEXT), Semaphore::new(REST));
         let (waited_for, busy) = (AtomicUsize::new(0), Mutex::default());
-        Gate { waited_for, busy, next, rest, held: Mutex::default(), demand, ahead }
+        let (held, far) = (Mutex::default(), Far::default());
+        Gate { waited_for, busy, next, rest, held, demand, ahead, far }
     }
 }
 
@@ -65,6 +147,13 @@ pub enum Urgency {
 #[derive(Debug)]
 pub struct Turn<'a> {
     _permit: Option<SemaphorePermit<'a>>,
+    _way: Option<Way<'a>>,
+}
+
+impl<'a> Turn<'a> {
+    fn with(permit: Option<SemaphorePermit<'a>>) -> Turn<'a> {
+        Turn { _permit: permit, _way: None }
+    }
 }
 
 /// Some layers are not filled as long as this lives.
@@ -140,34 +229,42 @@ impl Gate {
 
     /// Returns when a chunk may be fetched that a reader will want next: some at once.
     pub async fn next(&self) -> Turn<'_> {
-        Turn { _permit: self.next.acquire().await.ok() }
+        Turn::with(self.next.acquire().await.ok())
     }
 
     /// Returns when it is the turn of what nobody is known to want, in a fill of this layer that began then: when nobody reads and
-    /// nothing holds it. After `PATIENCE` one chunk of all layers is fetched at a time although somebody reads.
-    pub async fn rest(&self, serial: u64, began: Instant) -> Turn<'_> {
+    /// nothing holds it. After `PATIENCE` one chunk of all layers is fetched at a time although somebody reads; from a far store some at once,
+    /// from the beginning, as long as they come as quickly as if they were alone.
+    pub async fn rest(&self, serial: u64, began: Instant, far: Option<Duration>) -> Turn<'_> {
         loop {
+            let freed = self.far.freed.notified();
             let held = self.is_held(serial);
             let busy = match self.busy_for() {
                 Some(busy) => busy,
                 None if held => LOOK,
-                None => return Turn { _permit: None },
+                None => return Turn::with(None),
             };
+            if let Some(distance) = far.filter(|_| !held)
+                && let Some(way) = self.far.begin(distance)
+            {
+                return Turn { _permit: None, _way: Some(way) };
+            }
             let waits = held || began.elapsed() < PATIENCE;
             tokio::select! {
-                permit = self.rest.acquire(), if !waits => return Turn { _permit: permit.ok() },
+                permit = self.rest.acquire(), if !waits => return Turn::with(permit.ok()),
+                () = freed, if far.is_some() => {}
                 () = tokio::time::sleep(busy.min(LOOK)) => {}
             }
         }
     }
 
     /// Room in memory for a chunk of so many bytes, until it is written.
-    pub async fn room(&self, bytes: u32, urgency: Urgency) -> Option<OwnedSemaphorePermit> {
-        let room = match urgency {
-            Urgency::Demand => &self.demand,
-            Urgency::Ahead => &self.ahead,
+    pub async fn room(&self, bytes: u32, urgency: Urgency, far: bool) -> Option<OwnedSemaphorePermit> {
+        let (room, shrinks) = match urgency {
+            Urgency::Demand => (&self.demand, 1),
+            Urgency::Ahead => (&self.ahead, if far { SHRINKS } else { 1 }),
         };
-        Arc::clone(room).acquire_many_owned(bytes.div_ceil(BLOCK)).await.ok()
+        Arc::clone(room).acquire_many_owned(bytes.div_ceil(BLOCK * shrinks)).await.ok()
     }
 }
 
@@ -180,24 +277,91 @@ mod tests {
     async fn what_nobody_wants_waits_while_somebody_reads() {
         let gate = Gate::default();
         let began = Instant::now();
-        let all: Vec<_> = futures::future::join_all((0..100).map(|_| gate.rest(5, began))).await;
+        let all: Vec<_> = futures::future::join_all((0..100).map(|_| gate.rest(5, began, None))).await;
         assert_eq!((began.elapsed(), all.len()), (Duration::ZERO, 100));
         let demand = gate.demand();
         let next: Vec<_> = futures::future::join_all((0..NEXT).map(|_| gate.next())).await;
         assert!(gate.next().now_or_never().is_none(), "no more at once");
         drop(next);
-        assert!(tokio::time::timeout(PATIENCE / 2, gate.rest(5, began)).await.is_err());
+        assert!(tokio::time::timeout(PATIENCE / 2, gate.rest(5, began, None)).await.is_err());
         // In the end one at a time, all layers together.
-        let one = gate.rest(6, began).await;
+        let one = gate.rest(6, began, None).await;
         assert_eq!(began.elapsed(), PATIENCE);
-        assert!(tokio::time::timeout(CALM, gate.rest(7, began)).await.is_err());
+        assert!(tokio::time::timeout(CALM, gate.rest(7, began, None)).await.is_err());
         drop((one, demand));
         let (read, later) = (Instant::now(), Instant::now());
-        drop(gate.rest(5, later).await);
+        drop(gate.rest(5, later, None).await);
         assert_eq!(read.elapsed(), CALM);
         gate.expect_readers();
-        drop(gate.rest(5, later).await);
+        drop(gate.rest(5, later, None).await);
         assert_eq!(read.elapsed(), CALM + HEAD_START);
+    }
+
+    #[test]
+    fn as_many_are_fetched_at_once_as_do_not_wait_for_each_other() {
+        let (mut window, ms) = (Window::new((8, 16, 48)), Duration::from_millis);
+        let none = Duration::ZERO;
+        (0..100).for_each(|n| window.took(ms(300 + n), none));
+        assert_eq!(window.at_once(), 48);
+        window.took(ms(5), none);
+        (0..10).for_each(|_| window.took(ms(15), none));
+        assert_eq!(window.at_once(), 48);
+        (0..100).for_each(|_| window.took(ms(50), none));
+        assert_eq!(window.at_once(), 8);
+    }
+
+    #[test]
+    fn what_another_layer_of_the_node_had_says_nothing_of_the_way_to_the_store() {
+        // Found with 300 ms: one chunk that was copied within a millisecond made all that came from the store seem late.
+        let (mut window, ms) = (Window::new((8, 16, 48)), Duration::from_millis);
+        window.took(ms(1), ms(300));
+        (0..100).for_each(|n| window.took(ms(310 + n), ms(300)));
+        assert_eq!(window.at_once(), 48);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_fill_from_a_far_store_goes_on_while_somebody_reads() {
+        let (gate, far) = (Arc::new(Gate::default()), Some(Duration::from_millis(300)));
+        let began = Instant::now();
+        let _demand = gate.demand();
+        let mut ways = Vec::new();
+        for _ in 0..FAR_AT_ONCE.1 {
+            ways.push(gate.rest(5, began, far).now_or_never().expect("it need not wait"));
+        }
+        assert!(gate.rest(5, began, far).now_or_never().is_none(), "no more at once");
+        assert!(
+            tokio::time::timeout(PATIENCE / 2, gate.rest(5, began, None)).await.is_err(),
+            "a near one stands back"
+        );
+        // Each that comes in time makes room for two.
+        let next = gate.rest(6, began, far);
+        drop(ways.pop());
+        let first = next.await;
+        let second = gate.rest(6, began, far).now_or_never().expect("the window has grown");
+        drop((first, second, ways));
+        let _held = gate.hold(vec![6]);
+        assert!(gate.rest(6, began, far).now_or_never().is_none(), "what is held waits, however far");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn most_of_what_a_far_store_was_asked_for_takes_no_memory_yet() {
+        let (gate, chunk) = (Gate::default(), 512 << 10);
+        for (urgency, far, most) in [
+            (Urgency::Ahead, false, ROOM_AHEAD / chunk),
+            (Urgency::Ahead, true, ROOM_AHEAD / chunk * SHRINKS),
+            (Urgency::Demand, true, ROOM_DEMAND / chunk),
+        ] {
+            let mut held = Vec::new();
+            // Not as many at once as tokio lets a task have.
+            while let Some(Some(room)) =
+                tokio::task::unconstrained(gate.room(chunk, urgency, far)).now_or_never()
+            {
+                held.push(room);
+            }
+            let count = u32::try_from(held.len()).unwrap();
+            // Blocks are not divided.
+            assert!((most - most / 40..=most).contains(&count), "{urgency:?}, {far}: {count} of {most}");
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -205,16 +369,16 @@ mod tests {
         let gate = Arc::new(Gate::default());
         let (held, twice) = (gate.hold(vec![5, 6]), gate.hold(vec![5]));
         let began = Instant::now();
-        drop(gate.rest(7, began).await);
+        drop(gate.rest(7, began, None).await);
         for serial in [5, 6] {
-            let not_soon = tokio::time::timeout(2 * PATIENCE, gate.rest(serial, began)).await;
+            let not_soon = tokio::time::timeout(2 * PATIENCE, gate.rest(serial, began, None)).await;
             assert!(not_soon.is_err());
         }
         drop(held);
-        drop(gate.rest(6, began).await);
-        assert!(tokio::time::timeout(2 * PATIENCE, gate.rest(5, began)).await.is_err());
+        drop(gate.rest(6, began, None).await);
+        assert!(tokio::time::timeout(2 * PATIENCE, gate.rest(5, began, None)).await.is_err());
         drop(twice);
-        drop(gate.rest(5, began).await);
+        drop(gate.rest(5, began, None).await);
         assert!(gate.held.lock().is_empty());
     }
 }

@@ -7,7 +7,7 @@ use super::layout::{Description, FORMAT, STORE};
 use super::{Handle, ObjectError, Objects};
 
 /// No description has more bytes.
-const LONGEST: u64 = 64 * 1024;
+pub(super) const LONGEST: u64 = 64 * 1024;
 /// A store without description is empty. How long a reader believes that.
 const EMPTY_FOR: std::time::Duration = std::time::Duration::from_secs(30);
 

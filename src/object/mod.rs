@@ -54,6 +54,9 @@ use description::Access;
 use failure::Failure;
 use open::{Engine, Opened};
 
+/// A store that takes so long to begin an answer is far.
+const FAR: Duration = Duration::from_millis(50);
+
 pub use directory::Touched;
 pub use open::Settings;
 pub use stats::{Attempts, BOUNDS, StoreStats};
@@ -144,7 +147,7 @@ impl Default for StoreOptions {
             total: Duration::from_secs(60),
             attempt: Duration::from_secs(10),
             attempts: 4,
-            reads: 64,
+            reads: 160,
             writes: 16,
             hedging: Hedging::Auto,
             settings: Settings::default(),
@@ -267,6 +270,27 @@ impl Objects {
     /// the store's.
     pub fn now(&self) -> i64 {
         (self.handle.clock.0)()
+    }
+
+    /// Whether it is the way to the store, rather than what else is on the link, that an answer takes its time for: by what was seen in
+    /// the last minutes.
+    pub fn is_far(&self) -> bool {
+        self.distance() >= FAR
+    }
+
+    /// How long the store takes to begin an answer when it has nothing else to do; nothing, as long as that is not known.
+    pub fn distance(&self) -> Duration {
+        self.handle.conduct.latency.quickest().unwrap_or_default()
+    }
+
+    /// Sees to it that the next requests go out at once: the store's description is known, and so many connections to a far store are open. What
+    /// goes wrong is found by who asks next.
+    pub async fn get_ready(&self, connections: usize) {
+        let until = self.deadline();
+        if self.ready(Access::Read, until).await.is_ok() && self.is_far() {
+            let asked = (0..connections).map(|_| self.fetch(layout::STORE, description::LONGEST, until));
+            futures::future::join_all(asked).await;
+        }
     }
 
     /// Whether requests are looks into a directory, and cost next to nothing.

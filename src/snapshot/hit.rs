@@ -21,6 +21,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::foreseen::Foreseen;
 use super::layers::Layers;
 use super::metastore::{LayerChoice, LayerRecord, MetaStore, NewLayer, Origin, Progress, Record};
 use super::stock::blocking;
@@ -32,6 +33,8 @@ use crate::driver::Id;
 use crate::image::check;
 use crate::layer::LayerError;
 use crate::oci::ChainId;
+
+pub(super) mod foreseen;
 
 /// Layers with less data than this are fetched whole before they are answered.
 const SMALL: u64 = 4 * 1024 * 1024;
@@ -145,6 +148,7 @@ pub(super) struct Hits {
     answers: Mutex<Answers>,
     /// How many lookups came to what.
     lookups: Mutex<BTreeMap<&'static str, u64>>,
+    foreseen: Foreseen,
 }
 
 /// What came of the last lookups, for people who ask why a layer was pulled.
@@ -184,7 +188,8 @@ impl Hits {
     ) -> Hits {
         let (rest_until, hurry, answers) = (Mutex::default(), watch::Sender::new(None), Mutex::default());
         let lookups = Mutex::new(OUTCOMES.map(|outcome| (outcome, 0)).into());
-        Hits { meta, layers, content, deadline, rest_until, hurry, answers, lookups }
+        let foreseen = Foreseen::default();
+        Hits { meta, layers, content, deadline, rest_until, hurry, answers, lookups, foreseen }
     }
 
     /// containerd is about to collect: who waits for the store gives up soon, so that the collector, and everybody behind it,
@@ -212,7 +217,10 @@ impl Hits {
     /// `first` says that nothing lies below it. A client that unpacks in parallel and does not say so (containerd 2.2 and older)
     /// asks like this for every layer; one that is not the first of its chain is no hit then.
     pub(super) async fn find(&self, chain: &ChainId, first: bool) -> Result<Option<Hit>, HitError> {
-        let found = self.find_in_time(chain, first).await;
+        let found = match self.foreseen(chain, first).await {
+            Some(found) => found,
+            None => self.find_in_time(chain, first).await,
+        };
         let answer = match &found {
             Ok(Some(Hit { reserved: Some(_), .. })) => "found in the store".to_owned(),
             Ok(Some(_)) => "found in the store, and already on this node".to_owned(),
@@ -228,6 +236,16 @@ impl Hits {
         };
         *self.lookups.lock().entry(outcome).or_default() += 1;
         found
+    }
+
+    /// How many layers that were asked for had been looked up before, since the daemon started.
+    pub(super) fn foreseen_used(&self) -> u64 {
+        self.foreseen.used()
+    }
+
+    /// Ends what was begun for layers that are going to be asked for.
+    pub(super) async fn end(&self) {
+        self.foreseen.end().await;
     }
 
     /// How many lookups came to what since the daemon started.

@@ -32,6 +32,7 @@ pub mod apply;
 mod below;
 mod blob;
 pub mod filter;
+mod foresight;
 mod hit;
 pub mod layers;
 mod locks;

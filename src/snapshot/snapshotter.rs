@@ -16,7 +16,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::apply::{Applied, Applier, ApplyRequest};
 use super::filter::Filter;
+use super::foresight::{Ahead, Foresight};
 use super::hit::Hits;
+use super::hit::foreseen::CONNECTIONS;
 use super::layers::Layers;
 use super::locks::KeyedLocks;
 use super::metastore::{
@@ -34,6 +36,7 @@ use super::{
 use crate::content::ContentStore;
 use crate::content::memory::MemorySource;
 use crate::driver::{Access, Creation, Driver, DriverError, Id, Mount, Owner, Storage};
+use crate::oci::ChainId;
 
 mod adopt;
 mod report;
@@ -109,7 +112,8 @@ pub struct Snapshotter {
     meta: Arc<MetaStore>,
     driver: Arc<dyn Driver>,
     remote: Remote,
-    hits: Option<Hits>,
+    hits: Option<Arc<Hits>>,
+    foresight: Foresight,
     applier: Applier,
     policy: Policy,
     stock: Stock,
@@ -129,10 +133,9 @@ impl Snapshotter {
         remote: Remote,
         policy: Policy,
     ) -> Snapshotter {
-        let hits =
-            remote.layers.clone().zip(remote.content.clone()).map(|(layers, content)| {
-                Hits::new(Arc::clone(&meta), layers, content, policy.lookup_deadline)
-            });
+        let hits = remote.layers.clone().zip(remote.content.clone()).map(|(layers, content)| {
+            Arc::new(Hits::new(Arc::clone(&meta), layers, content, policy.lookup_deadline))
+        });
         Snapshotter {
             stock: Stock::new(Arc::clone(&meta), Arc::clone(&driver)),
             reconciler: Reconciler::new(
@@ -145,6 +148,7 @@ impl Snapshotter {
             driver,
             remote,
             hits,
+            foresight: Foresight::default(),
             applier,
             policy,
             committed: Notify::new(),
@@ -169,10 +173,16 @@ impl Snapshotter {
         let layers = self.remote.layers.as_ref().map(|layers| layers.run(stop.clone()));
         let publish = self.remote.publisher.as_ref().map(|publisher| publisher.run(stop.clone()));
         let pins = self.remote.pins.as_ref().map(|pins| pins.run(stop.clone()));
-        let traces = async {
+        if let Some(hits) = &self.hits {
+            hits.get_ready(0);
+        }
+        let background = async {
+            stop.cancelled().await;
             if let Some(traces) = &self.remote.traces {
-                stop.cancelled().await;
                 traces.end().await;
+            }
+            if let Some(hits) = &self.hits {
+                hits.end().await;
             }
         };
         tokio::join!(
@@ -181,7 +191,7 @@ impl Snapshotter {
             self.measure_committed(stop.clone()),
             OptionFuture::from(layers),
             OptionFuture::from(publish),
-            traces,
+            background,
             OptionFuture::from(pins)
         );
     }
@@ -316,6 +326,28 @@ impl Snapshotter {
         }
         if let Some(pins) = &self.remote.pins {
             pins.images_changed();
+        }
+    }
+
+    /// containerd has the configuration of an image with these layers, from the bottom up. If it is going to ask for them, the store is asked now.
+    pub fn configuration_stored(&self, chains: Vec<ChainId>) {
+        if let Some(ahead) = self.foresight.stored(chains) {
+            self.foresee(ahead);
+        }
+    }
+
+    /// Whether layers may come from a store.
+    pub fn asks_a_store(&self) -> bool {
+        self.hits.is_some()
+    }
+
+    fn foresee(&self, ahead: Ahead) {
+        if let (Some(traces), Some(top)) = (&self.remote.traces, ahead.top()) {
+            traces.expect(top);
+        }
+        if let Some(hits) = &self.hits {
+            hits.get_ready(CONNECTIONS);
+            hits.foresee(ahead);
         }
     }
 

@@ -36,6 +36,7 @@ use crate::content::index::IndexDigest;
 use crate::content::trace::{self, MOST_STEPS, Step, Trace};
 use crate::content::{ContentError, ContentStore};
 use crate::layer::cold::Cold;
+use crate::layer::gate::Window;
 use crate::layer::lazy::ColdLayers;
 use crate::layer::lazy::touches::Watch;
 use crate::layer::work::Work;
@@ -52,10 +53,9 @@ const SETTLED: Duration = Duration::from_millis(100);
 /// How soon it mostly is: the store need not be asked for the traces of a layer that has one above it.
 const NEXT_LAYER: Duration = Duration::from_millis(20);
 /// How many chunks are fetched at once, at least, to begin with and at most: less than the store is asked for at once, so that readers
-/// find a place, and than [`ColdLayers`] have room for.
-const LEAST_AT_ONCE: usize = 8;
-const FIRST_AT_ONCE: usize = 16;
-const MOST_AT_ONCE: usize = 48;
+/// find a place, and than [`ColdLayers`] have room for; and the same of a far store.
+const AT_ONCE: (usize, usize, usize) = (8, 16, 48);
+const FAR_AT_ONCE: (usize, usize, usize) = (8, 96, 144);
 /// A fill of what was prefetched stands back until nobody has read for so long, and no longer than that.
 const QUIET: Duration = Duration::from_secs(2);
 const MOST_HELD: Duration = Duration::from_secs(30);
@@ -88,6 +88,8 @@ struct Image {
     used: Instant,
     /// When a layer on top of it was asked for.
     below_another: Option<Instant>,
+    /// When it was learned that this is the uppermost layer of an image that is being pulled.
+    expected: Option<Instant>,
     known: Option<Arc<Known>>,
     prefetching: bool,
     starting: bool,
@@ -142,6 +144,13 @@ impl Traces {
         }
     }
 
+    /// This is the uppermost layer of an image that is being pulled: the store is asked for its starts before the layer is found.
+    pub(super) fn expect(self: &Arc<Self>, chain: &ChainId) {
+        self.note(chain, |image| image.expected = Some(Instant::now()));
+        let (this, chain) = (Arc::clone(self), chain.clone());
+        self.spawn(async move { drop(this.ask(&chain).await) });
+    }
+
     /// A layer was found in the store, and this committed snapshot has it. If it turns out to be the uppermost of an image whose starts
     /// are known, they are prepared for.
     pub(super) fn found(self: &Arc<Self>, name: &Key) {
@@ -150,12 +159,19 @@ impl Traces {
         let this = Arc::clone(self);
         self.spawn(async move {
             let is_uppermost = || this.note(&chain, |image| image.below_another.is_none_or(|at| at <= began));
-            tokio::time::sleep(NEXT_LAYER).await;
+            let is_expected = || {
+                this.note(&chain, |image| image.expected.is_some_and(|at| began.duration_since(at) < FRESH))
+            };
+            if !is_expected() {
+                tokio::time::sleep(NEXT_LAYER).await;
+            }
             if !is_uppermost() {
                 return;
             }
             let Some(known) = this.ask(&chain).await else { return };
-            tokio::time::sleep_until(began + SETTLED).await;
+            if !is_expected() {
+                tokio::time::sleep_until(began + SETTLED).await;
+            }
             if is_uppermost() {
                 this.prefetch(&chain, &layers, &known).await;
             }
@@ -252,6 +268,7 @@ impl Traces {
         let image = images.entry(chain.clone()).or_insert_with(|| Image {
             used: now,
             below_another: None,
+            expected: None,
             known: None,
             prefetching: false,
             starting: false,
@@ -358,10 +375,11 @@ impl Traces {
 
     /// How many bytes were fetched.
     async fn fetch(&self, wanted: Vec<(Arc<Cold>, usize)>) -> u64 {
-        let (mut all, mut window, mut wanted) = (0, Window::default(), wanted.into_iter());
+        let at_once = if self.content.is_far() { FAR_AT_ONCE } else { AT_ONCE };
+        let (mut all, mut window, mut wanted) = (0, Window::new(at_once), wanted.into_iter());
         let mut under_way = FuturesUnordered::new();
         loop {
-            let free = window.at_once.saturating_sub(under_way.len());
+            let free = window.at_once().saturating_sub(under_way.len());
             under_way.extend(wanted.by_ref().take(free).map(|(cold, at)| {
                 // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
                 async move {
@@ -374,7 +392,7 @@ impl Traces {
             match answer {
                 Ok(0) => {}
                 Ok(bytes) => {
-                    window.took(took);
+                    window.took(took, self.content.distance());
                     all += u64::from(bytes);
                     self.counts.chunks.fetch_add(1, Ordering::Relaxed);
                     self.counts.bytes.fetch_add(bytes.into(), Ordering::Relaxed);
@@ -441,32 +459,6 @@ impl Traces {
             tracing::info!(%error, "this node records no starts of images: it may not write traces to the store");
         } else {
             tracing::debug!(%chain, %error, "what a start read could not be recorded");
-        }
-    }
-}
-
-/// How many fetches are under way: as many as do not wait for each other, so that a long way is filled (300 ms at 1 Gbit/s are 37 MB)
-/// and what a container asks for itself need not wait behind them on a thin one.
-#[derive(Debug)]
-struct Window {
-    at_once: usize,
-    quickest: Duration,
-}
-
-impl Default for Window {
-    fn default() -> Window {
-        Window { at_once: FIRST_AT_ONCE, quickest: Duration::MAX }
-    }
-}
-
-impl Window {
-    /// A fetch took so long.
-    fn took(&mut self, took: Duration) {
-        self.quickest = self.quickest.min(took);
-        if took < self.quickest * 2 {
-            self.at_once = (self.at_once + 1).min(MOST_AT_ONCE);
-        } else if took > self.quickest * 4 {
-            self.at_once = (self.at_once - 1).max(LEAST_AT_ONCE);
         }
     }
 }
@@ -586,18 +578,6 @@ mod tests {
         let (images, asking, denied) = (Mutex::default(), KeyedLocks::default(), AtomicBool::new(false));
         let (counts, work) = (Counts::default(), Work::default());
         Traces { meta, layers, cold, content, images, asking, denied, counts, work }
-    }
-
-    #[test]
-    fn as_many_are_fetched_at_once_as_do_not_wait_for_each_other() {
-        let (mut window, ms) = (Window::default(), Duration::from_millis);
-        (0..100).for_each(|n| window.took(ms(300 + n)));
-        assert_eq!(window.at_once, MOST_AT_ONCE);
-        window.took(ms(5));
-        (0..10).for_each(|_| window.took(ms(15)));
-        assert_eq!(window.at_once, MOST_AT_ONCE);
-        (0..100).for_each(|_| window.took(ms(50)));
-        assert_eq!(window.at_once, LEAST_AT_ONCE);
     }
 
     #[test]

@@ -84,6 +84,8 @@ pub struct LayerLevels {
     pub filled_bytes: Parts,
     /// Prepares that asked the store for a layer, by what came of it.
     pub lookups: Parts,
+    /// How many of these layers had been looked up before they were asked for.
+    pub foreseen: u64,
     /// What they may take; 0 for no limit.
     pub limit: u64,
     /// Bytes that were punched out of them.
@@ -292,6 +294,8 @@ impl Page<'_> {
         self.counters("filled", filled, Some(&Unit::Bytes), "source", &layers.filled_bytes)?;
         let lookups = "Layers that the store was asked for in a Prepare, by what came of it";
         self.counters("remote_lookups", lookups, None, "outcome", &layers.lookups)?;
+        let foreseen = "Layers of these that had been looked up before they were asked for";
+        self.counter("remote_lookups_foreseen", foreseen, None, layers.foreseen)?;
         self.disk(layers)
     }
 
@@ -460,6 +464,7 @@ mod tests {
                 fills: vec![("done", 2), ("failed", 1)],
                 filled_bytes: vec![("store", 100), ("node", 50)],
                 lookups: vec![("hit", 2), ("missing", 9)],
+                foreseen: 7,
                 punched: 77,
                 scrub_chunks: vec![("damaged", 3), ("repaired", 2)],
                 ..LayerLevels::default()
@@ -523,6 +528,7 @@ mod tests {
             ("speedy_fills_total{outcome=\"done\"}", 2.0),
             ("speedy_filled_bytes_total{source=\"node\"}", 50.0),
             ("speedy_remote_lookups_total{outcome=\"missing\"}", 9.0),
+            ("speedy_remote_lookups_foreseen_total", 7.0),
             ("speedy_punched_bytes_total", 77.0),
             ("speedy_scrub_chunks_total{outcome=\"repaired\"}", 2.0),
             ("speedy_publish_queue{state=\"pending\"}", 8.0),

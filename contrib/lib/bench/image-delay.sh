@@ -16,8 +16,8 @@ bench_image_delay() {
     for ((round = 1; round <= ROUNDS; round++)); do
         for name in "${names[@]}"; do
             for how in overlayfs eager lazy traced; do
-                on b restart_as "$how" "$ENDPOINT"
                 link_post "link?mbit=$MBIT&delay=$DELAY"
+                on b restart_as "$how" "$ENDPOINT"
                 cold
                 link_post reset
                 took=$(on b ready "$(snapshotter_of "$how")" "$name")
@@ -45,8 +45,8 @@ snapshotter_of() { if [[ $1 == overlayfs ]]; then echo overlayfs; else echo spee
 
 # record_start NAME STORE-ENDPOINT: node b starts the image lazily, writes what the start read, and is empty again.
 record_start() {
-    on b restart_as traced "$2"
     link_post "link?mbit=$MBIT&delay=$DELAY"
+    on b restart_as traced "$2"
     on b ready speedy "$1" >/dev/null
     link_post "link?mbit=0&delay=0"
     wait_for 90 "the start to be recorded" on b is_recorded

@@ -33,7 +33,7 @@ impl Cold {
         let behind = |from| self.run_from(from).map(|run| run.end);
         while let Ok(from) = next.fetch_update(Ordering::AcqRel, Ordering::Acquire, behind) {
             let Some(run) = self.run_from(from) else { break };
-            let _turn = self.gate.rest(self.serial, began).await;
+            let _turn = self.gate.rest(self.serial, began, None).await;
             let (index, disk) = (Arc::clone(&self.index), Arc::clone(&disk));
             if let Some(at) = blocking(move || first_bad(&disk, &index, run)).await.map_err(io)? {
                 // To be fetched again.

@@ -6,7 +6,6 @@ use super::Snapshotter;
 use crate::driver::PoolHealth;
 use crate::layer::lazy::session::Numbers as LazyCounts;
 use crate::oci::ChainId;
-use crate::snapshot::hit::Hits;
 use crate::snapshot::layers::FillCounts;
 use crate::snapshot::metastore::{Own, Record};
 use crate::snapshot::report::{
@@ -63,7 +62,12 @@ impl Snapshotter {
 
     /// How many Prepares that asked the store for a layer came to what, since the daemon started.
     pub fn lookups(&self) -> Vec<(&'static str, u64)> {
-        self.hits.as_ref().map(Hits::lookups).unwrap_or_default()
+        self.hits.as_ref().map(|hits| hits.lookups()).unwrap_or_default()
+    }
+
+    /// How many of them had looked their layer up before.
+    pub fn foreseen(&self) -> u64 {
+        self.hits.as_ref().map(|hits| hits.foreseen_used()).unwrap_or_default()
     }
 
     /// All layer images. Blocking.

@@ -1,0 +1,173 @@
+//! What an image that is being pulled will ask of the store, asked for beside its first layer.
+//!
+//! **What.** containerd asks for one layer after the other, and each answer takes the round trips of a ref, an index and metadata. Before it asks
+//! for the first it has stored the image's configuration, which lists them all, and has published that (`/content/create`). When one of an
+//! image's layers is asked for, those above it are looked up at the same time ([`Hits::foresee`]).
+//!
+//! **Where.** Owned by `snapshotter`, which is told of configurations by `daemon` and of layers by containerd.
+//!
+//! **Invariants.** A guess changes no answer but when it is there. Nothing is looked up for an image of which no layer was asked for: it may be
+//! another snapshotter's. At most [`MOST`] images and layers are remembered, for [`KNOWN`]; configurations are hostile input, of which no more
+//! than the documents of an image may have is read.
+//!
+//! **When it fails.** Each layer is looked up when it is asked for.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::oci::ChainId;
+
+/// How many images, and layers, are remembered.
+const MOST: usize = 64;
+/// How long an image's first layer may take to be asked for.
+const KNOWN: Duration = Duration::from_secs(60);
+/// How long a layer is remembered that was asked for before anything was known of its image: the news is a little later at most.
+const ASKED: Duration = Duration::from_secs(5);
+
+/// Images that are being pulled, and layers that were asked for.
+#[derive(Debug, Default)]
+pub(super) struct Foresight(Mutex<Pulls>);
+
+#[derive(Debug, Default)]
+struct Pulls {
+    images: VecDeque<(Instant, Arc<[ChainId]>)>,
+    asked: VecDeque<(Instant, ChainId)>,
+}
+
+/// The layers of an image that are going to be asked for, from the bottom up, and whether the first of them has nothing below it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Ahead {
+    image: Arc<[ChainId]>,
+    from: usize,
+}
+
+impl Ahead {
+    /// Each with whether nothing lies below it.
+    pub(super) fn chains(&self) -> impl Iterator<Item = (&ChainId, bool)> {
+        self.image.iter().enumerate().skip(self.from).map(|(at, chain)| (chain, at == 0))
+    }
+
+    /// The uppermost layer of the image.
+    pub(super) fn top(&self) -> Option<&ChainId> {
+        self.image.last()
+    }
+}
+
+impl Foresight {
+    /// The configuration of an image with these layers was stored; what is ahead if one of them was asked for already.
+    pub(super) fn stored(&self, chains: Vec<ChainId>) -> Option<Ahead> {
+        let (mut pulls, now) = (self.0.lock(), Instant::now());
+        pulls.forget(now);
+        let image: Arc<[ChainId]> = chains.into();
+        let asked = |chain: &ChainId| pulls.asked.iter().any(|(_, asked)| asked == chain);
+        if let Some(at) = image.iter().rposition(asked) {
+            return Some(Ahead { image, from: at + 1 });
+        }
+        push(&mut pulls.images, (now, image));
+        None
+    }
+
+    /// This layer is asked for; what is ahead in the images that begin so, each of which is told once.
+    pub(super) fn asks(&self, chain: &ChainId) -> Vec<Ahead> {
+        let (mut pulls, now) = (self.0.lock(), Instant::now());
+        pulls.forget(now);
+        let mut ahead = Vec::new();
+        pulls.images.retain(|(_, image)| match image.iter().position(|known| known == chain) {
+            Some(at) => {
+                ahead.push(Ahead { image: Arc::clone(image), from: at + 1 });
+                false
+            }
+            None => true,
+        });
+        if ahead.is_empty() {
+            push(&mut pulls.asked, (now, chain.clone()));
+        }
+        ahead
+    }
+}
+
+impl Pulls {
+    fn forget(&mut self, now: Instant) {
+        self.images.retain(|(since, _)| now.duration_since(*since) < KNOWN);
+        self.asked.retain(|(since, _)| now.duration_since(*since) < ASKED);
+    }
+}
+
+/// The oldest makes room.
+fn push<T>(to: &mut VecDeque<T>, item: T) {
+    if to.len() >= MOST {
+        to.pop_front();
+    }
+    to.push_back(item);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oci::Digest;
+
+    fn chains(letters: &str) -> Vec<ChainId> {
+        let chain = |letter: char| {
+            let hex = format!("{:x}", u32::from(letter)).repeat(32);
+            ChainId(Digest::parse(&format!("sha256:{hex}")).unwrap())
+        };
+        letters.chars().map(chain).collect()
+    }
+
+    fn ahead(ahead: &Ahead) -> Vec<(ChainId, bool)> {
+        ahead.chains().map(|(chain, first)| (chain.clone(), first)).collect()
+    }
+
+    fn above(letters: &str) -> Vec<(ChainId, bool)> {
+        chains(letters).into_iter().map(|chain| (chain, false)).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_layers_above_the_first_that_is_asked_for_are_told_once() {
+        let foresight = Foresight::default();
+        assert_eq!(foresight.stored(chains("abcd")), None);
+        let found = foresight.asks(&chains("a")[0]);
+        assert_eq!(found.iter().map(ahead).collect::<Vec<_>>(), [above("bcd")]);
+        assert_eq!(found[0].top(), chains("d").first());
+        assert_eq!(foresight.asks(&chains("b")[0]), []);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_news_may_be_later_than_the_first_layer() {
+        let foresight = Foresight::default();
+        foresight.asks(&chains("a")[0]);
+        foresight.asks(&chains("b")[0]);
+        assert_eq!(ahead(&foresight.stored(chains("abcd")).unwrap()), above("cd"));
+        // Long after that the layer says nothing any more: it was asked for by another pull.
+        tokio::time::advance(ASKED).await;
+        assert_eq!(foresight.stored(chains("abcd")), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn images_on_one_base_are_all_meant_and_others_are_left_alone() {
+        let foresight = Foresight::default();
+        for image in ["abc", "axy", "mno"] {
+            assert_eq!(foresight.stored(chains(image)), None);
+        }
+        let found: Vec<_> = foresight.asks(&chains("a")[0]).iter().map(ahead).collect();
+        assert_eq!(found, [above("bc"), above("xy")]);
+        tokio::time::advance(KNOWN).await;
+        assert_eq!(foresight.asks(&chains("m")[0]), []);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_oldest_makes_room_and_an_image_without_layers_does_no_harm() {
+        let foresight = Foresight::default();
+        assert_eq!(foresight.stored(Vec::new()), None);
+        foresight.stored(chains("ab"));
+        for _ in 0..MOST {
+            foresight.stored(chains("yz"));
+        }
+        assert_eq!(foresight.asks(&chains("a")[0]), []);
+        assert_eq!(foresight.asks(&chains("y")[0]).len(), MOST);
+    }
+}

@@ -1,0 +1,285 @@
+//! Lookups for layers that are going to be asked for: begun before, and kept for a while.
+//!
+//! **Invariants.** A layer that was foreseen is handed over once, as if it had been looked up just then: what this node has by now comes first, and
+//! a lookup that was given up for containerd's collector before somebody waited for it is begun anew. What nobody asks for within [`KEPT`] is
+//! thrown away.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::{FutureExt, StreamExt, stream};
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+
+use super::{Hit, HitError, Hits};
+use crate::layer::work::Work;
+use crate::oci::ChainId;
+use crate::snapshot::foresight::Ahead;
+use crate::snapshot::metastore::{LayerChoice, Origin, Progress};
+
+/// How many connections to a far store are opened before an image's metadata and chunks are asked for: each takes a way there and back.
+pub(in crate::snapshot) const CONNECTIONS: usize = 96;
+/// How many layers are looked up ahead at once.
+const AT_ONCE: usize = 8;
+/// For how long a layer that was found is kept for whoever is going to ask for it.
+const KEPT: Duration = Duration::from_secs(20);
+
+type Found = Result<Option<Hit>, HitError>;
+
+/// What is being looked up, or was.
+#[derive(Debug, Default)]
+pub(super) struct Foreseen {
+    by_chain: Mutex<HashMap<ChainId, Promise>>,
+    next: AtomicU64,
+    /// How many were asked for in the end.
+    used: AtomicU64,
+    work: Work,
+}
+
+#[derive(Debug)]
+struct Promise {
+    number: u64,
+    first: bool,
+    found: oneshot::Receiver<Found>,
+}
+
+impl Foreseen {
+    fn promise(&self, chain: &ChainId, first: bool) -> Option<(u64, oneshot::Sender<Found>)> {
+        let mut by_chain = self.by_chain.lock();
+        if by_chain.contains_key(chain) {
+            return None;
+        }
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let (sender, found) = oneshot::channel();
+        by_chain.insert(chain.clone(), Promise { number, first, found });
+        Some((number, sender))
+    }
+
+    fn take(&self, chain: &ChainId, is_it: impl Fn(&Promise) -> bool) -> Option<Promise> {
+        let mut by_chain = self.by_chain.lock();
+        by_chain.get(chain).filter(|promise| is_it(promise))?;
+        by_chain.remove(chain)
+    }
+
+    pub(super) fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Ends what is under way. Ids that were reserved for it are given up at the next start.
+    pub(super) async fn end(&self) {
+        self.work.end().await;
+    }
+}
+
+impl Hits {
+    /// An image is being pulled, or soon may be: the store is made ready for many requests.
+    pub(in crate::snapshot) fn get_ready(self: &Arc<Self>, connections: usize) {
+        let content = Arc::clone(&self.content);
+        self.foreseen.work.spawn(&Handle::current(), async move { content.get_ready(connections).await });
+    }
+
+    /// These layers are going to be asked for: they are looked up now.
+    pub(in crate::snapshot) fn foresee(self: &Arc<Self>, ahead: Ahead) {
+        let this = Arc::clone(self);
+        let all = async move {
+            let promised = ahead.chains().filter_map(|(chain, first)| {
+                let (number, sender) = this.foreseen.promise(chain, first)?;
+                Some((chain.clone(), first, number, sender))
+            });
+            let promised: Vec<_> = promised.collect();
+            let kept: Vec<_> =
+                promised.iter().map(|(chain, _, number, _)| (chain.clone(), *number)).collect();
+            stream::iter(promised)
+                .for_each_concurrent(AT_ONCE, |(chain, first, _, sender)| {
+                    let this = Arc::clone(&this);
+                    async move {
+                        let found = this.find_in_time(&chain, first).await;
+                        if let Err(Ok(Some(hit))) = sender.send(found) {
+                            this.throw_away(hit).await;
+                        }
+                    }
+                    .boxed()
+                })
+                .await;
+            tokio::time::sleep(KEPT).await;
+            for (chain, number) in kept {
+                let promise = this.foreseen.take(&chain, |promise| promise.number == number);
+                if let Some(Ok(Ok(Some(hit)))) = promise.map(|mut promise| promise.found.try_recv()) {
+                    tracing::debug!(%chain, "nobody asked for a layer that was foreseen");
+                    this.throw_away(hit).await;
+                }
+            }
+        };
+        self.foreseen.work.spawn(&Handle::current(), all);
+    }
+
+    /// What was foreseen for this chain, once it is there; `None` if it has to be looked up.
+    pub(super) async fn foreseen(&self, chain: &ChainId, first: bool) -> Option<Found> {
+        let mut promise = self.foreseen.take(chain, |promise| promise.first == first)?;
+        let (found, waited) = match promise.found.try_recv() {
+            Ok(found) => (found, false),
+            Err(_) => (promise.found.await.ok()?, true),
+        };
+        let usable = match &found {
+            Ok(Some(hit)) => self.is_current(hit),
+            Err(HitError::Hurried) => waited,
+            Ok(None) | Err(_) => true,
+        };
+        if usable {
+            self.foreseen.used.fetch_add(1, Ordering::Relaxed);
+            return Some(found);
+        }
+        if let Ok(Some(hit)) = found {
+            self.throw_away(hit).await;
+        }
+        None
+    }
+
+    /// Whether a lookup would still say so: a layer of the node is still there, and one of the store is not here yet.
+    fn is_current(&self, hit: &Hit) -> bool {
+        match &hit.layer {
+            LayerChoice::Known(id) => self.meta.layer(id.serial).is_some_and(|layer| {
+                layer.progress == Progress::Filling || self.layers.store.is_complete(layer.id.serial)
+            }),
+            LayerChoice::New(new) => {
+                let here = |origin| self.meta.layer_of(&new.facts, origin).is_some();
+                !here(Origin::Applied) && !here(Origin::Fetched)
+            }
+            LayerChoice::Own => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::content::collect::tests::catalogue::{Catalogue, node};
+    use crate::layer::LayerStore;
+    use crate::layer::attach::Attacher;
+    use crate::layer::fill::Supply;
+    use crate::layer::lazy::ColdLayers;
+    use crate::object::Objects;
+    use crate::snapshot::foresight::Foresight;
+    use crate::snapshot::layers::Layers;
+    use crate::snapshot::metastore::MetaStore;
+
+    const DEADLINE: Duration = Duration::from_secs(5);
+
+    /// A node beside a store that has the image of three layers.
+    async fn hits(root: &Path) -> (Arc<Hits>, Vec<ChainId>) {
+        let (objects, catalogue) = (Objects::memory(), Catalogue::make().await);
+        let (publisher, _) = node(&objects, 0, Duration::ZERO, 0);
+        catalogue.publish(&publisher, 2).await;
+        let (content, _) = node(&objects, 1, Duration::ZERO, 0);
+        let (content, meta) = (Arc::new(content), Arc::new(MetaStore::open(root, "overlayfs").unwrap()));
+        let files = Arc::new(LayerStore::open(root, Attacher::untried(root)).unwrap());
+        let supply = Supply {
+            layers: Arc::clone(&files),
+            local: Arc::default(),
+            content: Arc::clone(&content),
+            counts: Arc::default(),
+        };
+        let cold = Some(Arc::new(ColdLayers::new(supply)));
+        let layers = Arc::new(Layers::new(Arc::clone(&meta), files, cold, None));
+        let chains = (0..3).map(|place| catalogue.chain(2, place)).collect();
+        (Arc::new(Hits::new(meta, layers, content, DEADLINE)), chains)
+    }
+
+    /// The layers above the first.
+    fn ahead(chains: &[ChainId]) -> Ahead {
+        let foresight = Foresight::default();
+        assert_eq!(foresight.stored(chains.to_vec()), None);
+        foresight.asks(&chains[0]).pop().unwrap()
+    }
+
+    fn is_new(found: Found) -> bool {
+        found.unwrap().is_some_and(|hit| hit.reserved.is_some())
+    }
+
+    #[tokio::test]
+    async fn a_layer_that_was_foreseen_is_handed_over_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (hits, chains) = hits(dir.path()).await;
+        hits.foresee(ahead(&chains));
+        assert!(is_new(hits.find(&chains[0], true).await));
+        assert_eq!(hits.foreseen_used(), 0, "the first one is asked for by containerd");
+        while hits.foreseen.by_chain.lock().len() < 2 {
+            tokio::task::yield_now().await;
+        }
+        assert!(is_new(hits.find(&chains[1], false).await));
+        assert!(is_new(hits.find(&chains[2], false).await));
+        assert_eq!(hits.foreseen_used(), 2);
+        assert!(is_new(hits.find(&chains[2], false).await), "looked up anew");
+        assert_eq!(hits.foreseen_used(), 2);
+        assert_eq!(hits.lookups().iter().find(|(outcome, _)| *outcome == "hit"), Some(&("hit", 4)));
+    }
+
+    #[tokio::test]
+    async fn a_layer_is_foreseen_for_the_place_that_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let (hits, chains) = hits(dir.path()).await;
+        hits.foresee(ahead(&chains));
+        while hits.foreseen.by_chain.lock().len() < 2 {
+            tokio::task::yield_now().await;
+        }
+        // Somebody who unpacks in parallel asks for it as if nothing were below it: no hit, whatever was foreseen.
+        assert!(matches!(hits.find(&chains[1], true).await, Err(HitError::Detached)));
+        assert_eq!(hits.foreseen_used(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_nobody_asks_for_is_thrown_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let (hits, chains) = hits(dir.path()).await;
+        hits.foresee(ahead(&chains));
+        let images = || {
+            let files = std::fs::read_dir(dir.path().join("layer")).into_iter().flatten().flatten();
+            files.filter(|file| file.path().extension().is_some_and(|ending| ending == "index")).count()
+        };
+        let until = tokio::time::Instant::now() + Duration::from_secs(20);
+        while images() < 2 {
+            assert!(tokio::time::Instant::now() < until, "two layers are looked up");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        // The metastore's writer is a thread, which knows nothing of a paused clock.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        tokio::time::pause();
+        tokio::time::advance(KEPT).await;
+        tokio::time::resume();
+        while images() > 0 || !hits.foreseen.by_chain.lock().is_empty() {
+            assert!(tokio::time::Instant::now() < until + KEPT, "{} layers are left", images());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_layer_that_came_here_meanwhile_is_not_taken_a_second_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let (hits, chains) = hits(dir.path()).await;
+        let first = hits.find(&chains[1], false).await.unwrap().unwrap();
+        hits.foresee(ahead(&chains));
+        while hits.foreseen.by_chain.lock().len() < 2 {
+            tokio::task::yield_now().await;
+        }
+        let LayerChoice::New(new) = &first.layer else { panic!("{first:?}") };
+        let key = crate::snapshot::Key::new("another image").unwrap();
+        let ids = hits.meta.reserve(1).await.unwrap();
+        let snapshot = crate::snapshot::metastore::NewSnapshot {
+            id: ids[0],
+            key,
+            parent: None,
+            kind: crate::snapshot::Kind::Active,
+            labels: crate::snapshot::Labels::default(),
+            now: crate::snapshot::Timestamp::now(),
+        };
+        hits.meta.create(snapshot, LayerChoice::New(new.clone())).await.unwrap();
+        let found = hits.find(&chains[1], false).await.unwrap().unwrap();
+        assert!(matches!(found.layer, LayerChoice::Known(id) if id == new.id), "{found:?}");
+        assert_eq!(hits.foreseen_used(), 0);
+    }
+}
