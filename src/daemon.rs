@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -122,7 +123,8 @@ pub enum DaemonError {
     Io(#[from] std::io::Error),
 }
 
-/// How long the configuration of an image may take to be read.
+/// How many configurations of images are read at once, and how long one may take.
+const CONFIGURATIONS: usize = 4;
 const CONFIGURATION: Duration = Duration::from_secs(5);
 
 /// Runs the daemon until `stop`. `inherited` is the socket that systemd made, if it did.
@@ -161,9 +163,7 @@ pub async fn run(
     let background = TaskTracker::new();
     let background_stop = CancellationToken::new();
     let _stop_on_error = background_stop.clone().drop_guard();
-    let foreseeing =
-        Foreseeing { blobs: blobs.clone(), work: background.clone(), stop: background_stop.clone() };
-    spawn_work(&background, &snapshotter, beside.as_ref(), config, foreseeing);
+    spawn_work(&background, &snapshotter, beside.as_ref(), config, &blobs, &background_stop);
     let volumes = beside.as_ref().map(|beside| beside.serve(&background, &background_stop));
     scrubber.map(|scrubber| background.spawn(scrubber.run(background_stop.clone())));
     keeping.clone().map(|keeping| background.spawn(keeping.watch(background_stop.clone())));
@@ -213,9 +213,15 @@ fn spawn_work(
     snapshotter: &Arc<Snapshotter>,
     beside: Option<&thin::Beside>,
     config: &Config,
-    foreseeing: Foreseeing,
+    blobs: &Blobs,
+    stop: &CancellationToken,
 ) {
-    let stop = foreseeing.stop.clone();
+    let foreseeing = Foreseeing {
+        blobs: blobs.clone(),
+        work: background.clone(),
+        stop: stop.clone(),
+        reads: Arc::new(Semaphore::new(CONFIGURATIONS)),
+    };
     let (work, work_stop) = (Arc::clone(snapshotter), stop.clone());
     background.spawn(async move { work.run(work_stop).await });
     let (watching, beside) = (Arc::clone(snapshotter), beside.map(thin::Beside::snapshotter));
@@ -232,10 +238,10 @@ fn spawn_work(
         Noticed::Image => watching.images_changed(),
         Noticed::Configuration { namespace, digest } => {
             let all = [Some(&watching), beside.as_ref()].into_iter().flatten();
-            foreseeing.tell(namespace, digest, all.filter(|one| one.asks_a_store()).cloned().collect());
+            foreseeing.tell(namespace, digest, all.filter(|one| one.looks_ahead()).cloned().collect());
         }
     };
-    background.spawn(containerd::events::watch(config.containerd.clone(), tell, stop));
+    background.spawn(containerd::events::watch(config.containerd.clone(), tell, stop.clone()));
 }
 
 /// Reads configurations of images that are being pulled.
@@ -243,11 +249,14 @@ struct Foreseeing {
     blobs: Blobs,
     work: TaskTracker,
     stop: CancellationToken,
+    reads: Arc<Semaphore>,
 }
 
 impl Foreseeing {
     /// Tells of the layers of the image whose configuration this is; what is none is none.
     fn tell(&self, namespace: &str, digest: Digest, told: Vec<Arc<Snapshotter>>) {
+        // Only a hint: with more of them than that there is something else going on than pulls.
+        let Ok(turn) = Arc::clone(&self.reads).try_acquire_owned() else { return };
         if told.is_empty() {
             return;
         }
@@ -257,6 +266,7 @@ impl Foreseeing {
             Ok::<_, ContainerdError>(chains_of(&config, &digest)?)
         };
         self.work.spawn(async move {
+            let _turn = turn;
             match stop.run_until_cancelled(tokio::time::timeout(CONFIGURATION, read)).await {
                 Some(Ok(Ok(chains))) => {
                     told.iter().for_each(|snapshotter| snapshotter.configuration_stored(chains.clone()));

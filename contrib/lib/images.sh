@@ -6,7 +6,8 @@
 # recipe: their steps' text and parameters, and those of the layers below. A second run makes nothing.
 #
 #   python        Debian, python3, flask + requests + pandas with their bytecode, a program: four layers
-#   big           the same with TensorFlow: more than 1 GB
+#   node          Debian, Node.js, an application of express, lodash, axios, rxjs, TypeScript and webpack: four layers, 25,000 small files
+#   big           the same as python with TensorFlow: more than 1 GB
 #   small-files   Debian and 50,000 files of the Linux source: two layers
 #   family        six images like `python`, each with a newer pandas; only Debian's layer is shared, all above is made anew
 #
@@ -23,10 +24,10 @@ image_names() {
     local name
     for name in "${@:-all}"; do
         case $name in
-            all) image_names python big small-files family ;;
+            all) image_names python node big small-files family ;;
             family) printf 'family-%s\n' "${!FAMILY_PANDAS[@]}" ;;
-            python | big | small-files | family-[0-9]) printf '%s\n' "$name" ;;
-            *) die "there is no image $name; there are: python, big, small-files, family" ;;
+            python | node | big | small-files | family-[0-9]) printf '%s\n' "$name" ;;
+            *) die "there is no image $name; there are: python, node, big, small-files, family" ;;
         esac
     done
 }
@@ -56,6 +57,27 @@ step_wheels() {
         --platform "manylinux2014_$machine" --platform "manylinux_2_28_$machine" --platform "manylinux_2_17_$machine" \
         --target "$root/usr/local/lib/python$python/dist-packages" "$@"
     in_root "$root" python3 -m compileall -q "/usr/local/lib/python$python/dist-packages"
+}
+
+step_node() {
+    in_root "$1" apt-get -qq update
+    in_root "$1" env DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends nodejs ca-certificates
+    in_root "$1" apt-get clean
+    rm -rf "$1"/var/lib/apt/lists/* "$1"/var/log/*.log "$1"/var/log/apt "$1"/var/cache/ldconfig/aux-cache
+}
+
+# By this machine's npm, and without scripts of the packages.
+step_modules() {
+    local root=$1
+    shift
+    mkdir -p "$root/app"
+    (cd "$root/app" && npm install --no-audit --no-fund --no-update-notifier --ignore-scripts --cache "$root/../npm" "$@")
+    rm -rf "$root/../npm"
+}
+
+step_script() {
+    mkdir -p "$1/app"
+    printf '%s\n' "$2" >"$1/app/main.js"
 }
 
 # The second parameter is the program, the third what makes two of them differ.
@@ -98,6 +120,9 @@ READY_PYTHON='import flask, requests, pandas
 print("ready", flush=True)'
 READY_TENSORFLOW='import tensorflow
 print("ready", flush=True)'
+READY_NODE='for (const name of ["express", "lodash", "axios", "rxjs", "typescript", "webpack"]) require(name);
+console.log("ready");
+process.exit(0);'
 RUN_PYTHON='["/usr/bin/python3", "/app/main.py"]'
 
 # image_recipe NAME: sets RECIPE_STEPS, one "STEP PARAMETER..." quoted for `eval` each, from the bottom, and RECIPE_COMMAND.
@@ -111,6 +136,11 @@ image_recipe() {
         big)
             RECIPE_STEPS+=("python ''" "wheels $IMAGES_PYTHON tensorflow-cpu==2.18.0 numpy==1.26.4 pandas==2.2.3 scipy==1.14.1"
                 "program $(printf %q "$READY_TENSORFLOW")")
+            return ;;
+        node)
+            RECIPE_STEPS+=("node ''" "modules express@4.21.2 lodash@4.17.21 axios@1.7.9 rxjs@7.8.1 typescript@5.7.3 webpack@5.97.1 @mui/icons-material@6.4.1"
+                "script $(printf %q "$READY_NODE")")
+            RECIPE_COMMAND='["/usr/bin/node", "/app/main.js"]'
             return ;;
         small-files)
             RECIPE_STEPS+=("linux_source $SMALL_FILES")
@@ -142,6 +172,7 @@ make_images_pip() {
 }
 
 need_images() {
+    command -v npm >/dev/null || need_packages npm
     need_packages debootstrap python3 python3-venv ca-certificates xz-utils gzip tar debian-archive-keyring
     build_tool images-pip-1 make_images_pip
     PIP=$(tool_path images-pip-1)/pip

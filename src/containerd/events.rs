@@ -28,10 +28,12 @@ const REMOVED: [&str; 3] = ["/images/delete", "/snapshot/remove", "/containers/d
 /// What makes an image, or gives its name to another one.
 const CHANGED: [&str; 2] = ["/images/create", "/images/update"];
 
-/// What says that a blob is in the content store, and which blobs are of interest. containerd 2.3 and older say no media type.
+/// What says that a blob is in the content store, and which blobs are of interest. containerd 2.3 and older say no media type: there only what
+/// is short is looked at, and most of it is something else.
 const STORED: &str = "/content/create";
-const CONFIGURATIONS: [&str; 3] =
-    ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json", ""];
+const CONFIGURATIONS: [&str; 2] =
+    ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
+const SHORT: u64 = 64 << 10;
 
 /// What is noticed of containerd.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,8 +113,12 @@ fn noticed(event: &Envelope) -> Option<Noticed<'_>> {
         return Some(if changed { Noticed::Image } else { Noticed::Removal });
     }
     let stored = ContentCreate::decode(event.event.as_ref()?.value.as_slice()).ok()?;
-    let is_small = u64::try_from(stored.size).is_ok_and(|size| size <= LONGEST_DOCUMENT);
-    let is_one = is_small && CONFIGURATIONS.contains(&stored.media_type.as_str());
+    let most = match stored.media_type.as_str() {
+        "" => SHORT,
+        named if CONFIGURATIONS.contains(&named) => LONGEST_DOCUMENT,
+        _ => return None,
+    };
+    let is_one = u64::try_from(stored.size).is_ok_and(|size| size <= most);
     let digest = Digest::parse(&stored.digest).ok().filter(|_| is_one)?;
     Some(Noticed::Configuration { namespace: &event.namespace, digest })
 }
@@ -131,7 +137,7 @@ mod tests {
     #[test]
     fn a_stored_configuration_is_noticed_and_a_layer_is_not() {
         let digest = format!("sha256:{}", "a".repeat(64));
-        for media_type in CONFIGURATIONS {
+        for media_type in CONFIGURATIONS.into_iter().chain([""]) {
             let event = stored(&digest, 1000, media_type);
             let wanted =
                 Noticed::Configuration { namespace: "k8s.io", digest: Digest::parse(&digest).unwrap() };
@@ -141,6 +147,7 @@ mod tests {
             (digest.as_str(), 1000, "application/vnd.oci.image.layer.v1.tar+gzip"),
             (digest.as_str(), 1 << 40, CONFIGURATIONS[0]),
             (digest.as_str(), -1, CONFIGURATIONS[0]),
+            (digest.as_str(), 100_000, ""),
             ("sha256:../..", 1000, CONFIGURATIONS[0]),
         ] {
             assert_eq!(noticed(&stored(digest, size, media_type)), None, "{digest} {size} {media_type}");

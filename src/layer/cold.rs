@@ -48,7 +48,9 @@ use ahead::Ahead;
 use landing::{Bits, Way, Writing};
 
 /// How many chunks of one layer are on their way at once: 32 of half a MiB keep a link of 1 Gbit/s and 40 ms busy.
-const AT_ONCE: usize = 64;
+const AT_ONCE: usize = 32;
+/// The same of a far store: most of them are on the way.
+const FAR_AT_ONCE: usize = 64;
 /// A fill that takes longer is looked at again as a whole when it is done.
 const SEEN_LATELY: Duration = Duration::from_secs(30);
 /// How long a read waits for a store that does not give its chunk.
@@ -434,7 +436,8 @@ impl Cold {
                 made?;
             }
         };
-        let workers = (0..AT_ONCE.min(self.index.chunks().len())).map(|number| worker(number).boxed());
+        let at_once = if self.distance().is_some() { FAR_AT_ONCE } else { AT_ONCE };
+        let workers = (0..at_once.min(self.index.chunks().len())).map(|number| worker(number).boxed());
         let filled: Result<Vec<()>, LayerError> = future::try_join_all(workers).await;
         filled?;
         if began.elapsed() > SEEN_LATELY {

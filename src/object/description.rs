@@ -59,6 +59,11 @@ fn examine(json: &[u8]) -> Result<Known, ObjectError> {
 }
 
 impl Objects {
+    /// Whether somebody may read without asking for the description before.
+    pub(super) fn is_known(&self) -> bool {
+        self.handle.known.verdict.read().verdict(Access::Read).is_some()
+    }
+
     /// Whether the store is one that can be used so; the first writer describes it.
     pub(super) async fn ready(&self, access: Access, until: Instant) -> Result<(), ObjectError> {
         let known = &self.handle.known;

@@ -54,6 +54,10 @@ use description::Access;
 use failure::Failure;
 use open::{Engine, Opened};
 
+/// How long it may take to get ready for requests.
+const GETTING_READY: Duration = Duration::from_secs(10);
+/// A directory has no way to be filled: more reads at once only take memory.
+const DIRECTORY_READS: usize = 32;
 /// A store that takes so long to begin an answer is far.
 const FAR: Duration = Duration::from_millis(50);
 
@@ -249,6 +253,8 @@ impl Objects {
 
     fn new(opened: Opened, options: StoreOptions) -> Objects {
         let Opened { engine, prefix, hint, credentials } = opened;
+        let most = if matches!(engine, Engine::Directory { .. }) { DIRECTORY_READS } else { usize::MAX };
+        let options = StoreOptions { reads: options.reads.min(most), ..options };
         let (conduct, total) = (Conduct::new(&options), options.total);
         let (clock, known) = (Clock(Arc::new(machine_clock)), description::Examined::default());
         let handle = Handle { clock, engine, prefix, hint, credentials, options, conduct, known };
@@ -283,14 +289,20 @@ impl Objects {
         self.handle.conduct.latency.quickest().unwrap_or_default()
     }
 
-    /// Sees to it that the next requests go out at once: the store's description is known, and so many connections to a far store are open. What
-    /// goes wrong is found by who asks next.
+    /// Sees to it that the next requests go out at once: the store's description is known, and so many connections to a far store are open. Of
+    /// what goes wrong nobody is told, the breaker neither: whoever needs the store asks himself.
     pub async fn get_ready(&self, connections: usize) {
-        let until = self.deadline();
-        if self.ready(Access::Read, until).await.is_ok() && self.is_far() {
-            let asked = (0..connections).map(|_| self.fetch(layout::STORE, description::LONGEST, until));
-            futures::future::join_all(asked).await;
-        }
+        let path = self.path(layout::STORE);
+        let ready = async {
+            let attempt = self.handle.get_once(&path, layout::STORE, description::LONGEST);
+            if !self.is_known() && attempt.await.is_err() {
+                return;
+            }
+            if self.ready(Access::Read, self.deadline()).await.is_ok() && self.is_far() {
+                futures::future::join_all((0..connections).map(|_| self.handle.connect(&path))).await;
+            }
+        };
+        drop(tokio::time::timeout(GETTING_READY, ready).await);
     }
 
     /// Whether requests are looks into a directory, and cost next to nothing.

@@ -161,12 +161,20 @@ fn found_or_missing<T>(answer: object_store::Result<T>) -> Result<Option<T>, Fai
 }
 
 impl Handle {
-    async fn get_once(&self, path: &Path, name: &str, limit: u64) -> Result<Option<Bytes>, Failure> {
+    pub(super) async fn get_once(
+        &self,
+        path: &Path,
+        name: &str,
+        limit: u64,
+    ) -> Result<Option<Bytes>, Failure> {
         let store = self.engine.store().await?;
         let asked = Instant::now();
         let head = self.in_time(self.ask(store.as_ref(), path)).await?;
-        self.conduct.latency.record(asked.elapsed());
-        let Some(found) = found_or_missing(head)? else { return Ok(None) };
+        let took = asked.elapsed();
+        let found = found_or_missing(head)?;
+        // Not of a refusal, which may be quick wherever the store is.
+        self.conduct.latency.record(took);
+        let Some(found) = found else { return Ok(None) };
         let size = found.meta.size;
         if size > limit {
             return Err(Failure::Final(ObjectError::TooLarge { path: name.to_owned(), size, limit }));
@@ -177,6 +185,15 @@ impl Handle {
         }
         self.conduct.counters.read.add(size);
         Ok(Some(bytes))
+    }
+
+    /// Has one more connection to the store, if there is none that is idle; counts for nothing.
+    pub(super) async fn connect(&self, path: &Path) {
+        if let Ok(store) = self.engine.store().await
+            && let Ok(answer) = store.get_opts(path, GetOptions::default()).await
+        {
+            drop(answer.bytes().await);
+        }
     }
 
     /// The beginning of an answer: of the first request, or of a second one when the first is slow.

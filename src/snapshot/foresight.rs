@@ -28,6 +28,9 @@ const KNOWN: Duration = Duration::from_secs(60);
 /// How long a layer is remembered that was asked for before anything was known of its image: the news is a little later at most.
 const ASKED: Duration = Duration::from_secs(5);
 
+/// How many layers are looked up ahead of the one that is asked for: no image that works has more.
+const AHEAD: usize = 128;
+
 /// Images that are being pulled, and layers that were asked for.
 #[derive(Debug, Default)]
 pub(super) struct Foresight(Mutex<Pulls>);
@@ -35,10 +38,10 @@ pub(super) struct Foresight(Mutex<Pulls>);
 #[derive(Debug, Default)]
 struct Pulls {
     images: VecDeque<(Instant, Arc<[ChainId]>)>,
-    asked: VecDeque<(Instant, ChainId)>,
+    asked: VecDeque<(Instant, ChainId, bool)>,
 }
 
-/// The layers of an image that are going to be asked for, from the bottom up, and whether the first of them has nothing below it.
+/// The layers of an image that are going to be asked for, from the bottom up: none of them is its first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Ahead {
     image: Arc<[ChainId]>,
@@ -46,9 +49,8 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
-    /// Each with whether nothing lies below it.
-    pub(super) fn chains(&self) -> impl Iterator<Item = (&ChainId, bool)> {
-        self.image.iter().enumerate().skip(self.from).map(|(at, chain)| (chain, at == 0))
+    pub(super) fn chains(&self) -> impl Iterator<Item = &ChainId> {
+        self.image.iter().skip(self.from).take(AHEAD)
     }
 
     /// The uppermost layer of the image.
@@ -63,20 +65,24 @@ impl Foresight {
         let (mut pulls, now) = (self.0.lock(), Instant::now());
         pulls.forget(now);
         let image: Arc<[ChainId]> = chains.into();
-        let asked = |chain: &ChainId| pulls.asked.iter().any(|(_, asked)| asked == chain);
-        if let Some(at) = image.iter().rposition(asked) {
+        let asked = |at: &usize| {
+            pulls.asked.iter().any(|(_, asked, alone)| *asked == image[*at] && !(*alone && *at > 0))
+        };
+        if let Some(at) = (0..image.len()).rev().find(asked) {
             return Some(Ahead { image, from: at + 1 });
         }
         push(&mut pulls.images, (now, image));
         None
     }
 
-    /// This layer is asked for; what is ahead in the images that begin so, each of which is told once.
-    pub(super) fn asks(&self, chain: &ChainId) -> Vec<Ahead> {
+    /// This layer is asked for; what is ahead in the images that have it, each of which is told once. `alone` says that it is asked for as
+    /// if nothing were below it: whoever does that with all layers (containerd 2.2 and older, unpacking in parallel) cannot take them.
+    pub(super) fn asks(&self, chain: &ChainId, alone: bool) -> Vec<Ahead> {
         let (mut pulls, now) = (self.0.lock(), Instant::now());
         pulls.forget(now);
         let mut ahead = Vec::new();
         pulls.images.retain(|(_, image)| match image.iter().position(|known| known == chain) {
+            Some(at) if at > 0 && alone => true,
             Some(at) => {
                 ahead.push(Ahead { image: Arc::clone(image), from: at + 1 });
                 false
@@ -84,7 +90,7 @@ impl Foresight {
             None => true,
         });
         if ahead.is_empty() {
-            push(&mut pulls.asked, (now, chain.clone()));
+            push(&mut pulls.asked, (now, chain.clone(), alone));
         }
         ahead
     }
@@ -93,7 +99,7 @@ impl Foresight {
 impl Pulls {
     fn forget(&mut self, now: Instant) {
         self.images.retain(|(since, _)| now.duration_since(*since) < KNOWN);
-        self.asked.retain(|(since, _)| now.duration_since(*since) < ASKED);
+        self.asked.retain(|(since, ..)| now.duration_since(*since) < ASKED);
     }
 }
 
@@ -118,33 +124,48 @@ mod tests {
         letters.chars().map(chain).collect()
     }
 
-    fn ahead(ahead: &Ahead) -> Vec<(ChainId, bool)> {
-        ahead.chains().map(|(chain, first)| (chain.clone(), first)).collect()
-    }
-
-    fn above(letters: &str) -> Vec<(ChainId, bool)> {
-        chains(letters).into_iter().map(|chain| (chain, false)).collect()
+    fn ahead(ahead: &Ahead) -> Vec<ChainId> {
+        ahead.chains().cloned().collect()
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_layers_above_the_first_that_is_asked_for_are_told_once() {
         let foresight = Foresight::default();
         assert_eq!(foresight.stored(chains("abcd")), None);
-        let found = foresight.asks(&chains("a")[0]);
-        assert_eq!(found.iter().map(ahead).collect::<Vec<_>>(), [above("bcd")]);
+        let found = foresight.asks(&chains("a")[0], true);
+        assert_eq!(found.iter().map(ahead).collect::<Vec<_>>(), [chains("bcd")]);
         assert_eq!(found[0].top(), chains("d").first());
-        assert_eq!(foresight.asks(&chains("b")[0]), []);
+        assert_eq!(foresight.asks(&chains("b")[0], false), []);
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_news_may_be_later_than_the_first_layer() {
         let foresight = Foresight::default();
-        foresight.asks(&chains("a")[0]);
-        foresight.asks(&chains("b")[0]);
-        assert_eq!(ahead(&foresight.stored(chains("abcd")).unwrap()), above("cd"));
+        foresight.asks(&chains("a")[0], true);
+        foresight.asks(&chains("b")[0], false);
+        assert_eq!(ahead(&foresight.stored(chains("abcd")).unwrap()), chains("cd"));
         // Long after that the layer says nothing any more: it was asked for by another pull.
         tokio::time::advance(ASKED).await;
         assert_eq!(foresight.stored(chains("abcd")), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_ahead_of_who_asks_for_each_layer_as_if_it_were_the_first() {
+        let foresight = Foresight::default();
+        foresight.stored(chains("abc"));
+        assert_eq!(foresight.asks(&chains("b")[0], true), []);
+        assert_eq!(foresight.asks(&chains("c")[0], true), []);
+        assert_eq!(ahead(&foresight.asks(&chains("b")[0], false)[0]), chains("c"));
+        assert_eq!(foresight.stored(chains("xbc")), None, "the news is later");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_more_than_an_image_has_is_ahead() {
+        let foresight = Foresight::default();
+        let long: Vec<ChainId> =
+            (0..1024).map(|n| ChainId(Digest::parse(&format!("sha256:{n:064x}")).unwrap())).collect();
+        foresight.stored(long.clone());
+        assert_eq!(ahead(&foresight.asks(&long[0], true)[0]), long[1..=AHEAD]);
     }
 
     #[tokio::test(start_paused = true)]
@@ -153,10 +174,10 @@ mod tests {
         for image in ["abc", "axy", "mno"] {
             assert_eq!(foresight.stored(chains(image)), None);
         }
-        let found: Vec<_> = foresight.asks(&chains("a")[0]).iter().map(ahead).collect();
-        assert_eq!(found, [above("bc"), above("xy")]);
+        let found: Vec<_> = foresight.asks(&chains("a")[0], true).iter().map(ahead).collect();
+        assert_eq!(found, [chains("bc"), chains("xy")]);
         tokio::time::advance(KNOWN).await;
-        assert_eq!(foresight.asks(&chains("m")[0]), []);
+        assert_eq!(foresight.asks(&chains("m")[0], true), []);
     }
 
     #[tokio::test(start_paused = true)]
@@ -167,7 +188,7 @@ mod tests {
         for _ in 0..MOST {
             foresight.stored(chains("yz"));
         }
-        assert_eq!(foresight.asks(&chains("a")[0]), []);
-        assert_eq!(foresight.asks(&chains("y")[0]).len(), MOST);
+        assert_eq!(foresight.asks(&chains("a")[0], true), []);
+        assert_eq!(foresight.asks(&chains("y")[0], true).len(), MOST);
     }
 }

@@ -219,7 +219,7 @@ impl Hits {
     pub(super) async fn find(&self, chain: &ChainId, first: bool) -> Result<Option<Hit>, HitError> {
         let found = match self.foreseen(chain, first).await {
             Some(found) => found,
-            None => self.find_in_time(chain, first).await,
+            None => self.find_in_time(chain, first, true).await,
         };
         let answer = match &found {
             Ok(Some(Hit { reserved: Some(_), .. })) => "found in the store".to_owned(),
@@ -253,7 +253,13 @@ impl Hits {
         self.lookups.lock().iter().map(|(outcome, count)| (*outcome, *count)).collect()
     }
 
-    async fn find_in_time(&self, chain: &ChainId, first: bool) -> Result<Option<Hit>, HitError> {
+    /// `waited_for` says that a call of containerd's waits: others leave nobody with the news that the store is late.
+    async fn find_in_time(
+        &self,
+        chain: &ChainId,
+        first: bool,
+        waited_for: bool,
+    ) -> Result<Option<Hit>, HitError> {
         if self.rest_until.lock().is_some_and(|until| Instant::now() < until) {
             return Err(HitError::Resting);
         }
@@ -263,14 +269,18 @@ impl Hits {
             () = tokio::time::sleep(self.deadline) => Err(HitError::Late(self.deadline)),
             () = self.hurried(began) => Err(HitError::Hurried),
         };
-        if found.as_ref().is_err_and(HitError::is_outage) {
-            *self.rest_until.lock() = Some(Instant::now() + REST);
+        if waited_for && found.as_ref().is_err_and(HitError::is_outage) {
+            self.rest();
         }
         let unused = reserved.lock().take();
         if let (Err(_), Some(id)) = (&found, unused) {
             self.meta.give_up(id).await;
         }
         found
+    }
+
+    fn rest(&self) {
+        *self.rest_until.lock() = Some(Instant::now() + REST);
     }
 
     async fn look_up(
@@ -382,7 +392,7 @@ impl Hits {
         };
         if let Err(error) = &made {
             if error.is_outage() {
-                *self.rest_until.lock() = Some(Instant::now() + REST);
+                self.rest();
             }
             self.answers.lock().keep(chain, error.to_string());
             *self.lookups.lock().entry(error.kind()).or_default() += 1;

@@ -331,22 +331,28 @@ impl Snapshotter {
 
     /// containerd has the configuration of an image with these layers, from the bottom up. If it is going to ask for them, the store is asked now.
     pub fn configuration_stored(&self, chains: Vec<ChainId>) {
-        if let Some(ahead) = self.foresight.stored(chains) {
-            self.foresee(ahead);
+        self.foresee(self.foresight.stored(chains).as_slice());
+    }
+
+    /// Whether layers may come from a store, more than one at a time: a volume is made of each before the next can be.
+    pub fn looks_ahead(&self) -> bool {
+        self.hits.is_some() && self.driver.storage() != Storage::Volumes
+    }
+
+    /// containerd asks for this layer; `alone`, as if nothing were below it.
+    fn asked_for(&self, chain: &ChainId, alone: bool) {
+        if self.looks_ahead() {
+            self.foresee(&self.foresight.asks(chain, alone));
         }
     }
 
-    /// Whether layers may come from a store.
-    pub fn asks_a_store(&self) -> bool {
-        self.hits.is_some()
-    }
-
-    fn foresee(&self, ahead: Ahead) {
-        if let (Some(traces), Some(top)) = (&self.remote.traces, ahead.top()) {
-            traces.expect(top);
-        }
-        if let Some(hits) = &self.hits {
-            hits.get_ready(CONNECTIONS);
+    fn foresee(&self, ahead: &[Ahead]) {
+        let Some(hits) = self.hits.as_ref().filter(|_| !ahead.is_empty()) else { return };
+        hits.get_ready(CONNECTIONS);
+        for ahead in ahead {
+            if let (Some(traces), Some(top)) = (&self.remote.traces, ahead.top()) {
+                traces.expect(top);
+            }
             hits.foresee(ahead);
         }
     }

@@ -6,7 +6,9 @@
 # shellcheck shell=bash
 
 bench_image_delay() {
-    local name how round took here names=("$@")
+    local name how round took here names=("$@") hows=(overlayfs eager lazy traced)
+    # A view that waits for an image's data gives up when containerd wants to collect, and nerdctl with it: not on a thin link.
+    ((MBIT >= 500)) || hows=(overlayfs lazy traced)
     ((${#names[@]})) || names=(python big)
     publish_behind_link "${names[@]}"
     on b start_behind_link "$ENDPOINT" "$KEY"
@@ -15,7 +17,7 @@ bench_image_delay() {
     for name in "${names[@]}"; do step "Record a start of $name" record_start "$name" "$ENDPOINT"; done
     for ((round = 1; round <= ROUNDS; round++)); do
         for name in "${names[@]}"; do
-            for how in overlayfs eager lazy traced; do
+            for how in "${hows[@]}"; do
                 link_post "link?mbit=$MBIT&delay=$DELAY"
                 on b restart_as "$how" "$ENDPOINT"
                 cold
@@ -35,7 +37,7 @@ bench_image_delay() {
         done
     done
     say
-    table "image delay" --ratio "eager: 1/=overlayfs: delay, s/eager: delay, s" --ratio "lazy: 1/=overlayfs: delay, s/lazy: delay, s" \
+    table "image delay" --ratio "lazy: 1/=overlayfs: delay, s/lazy: delay, s" \
         --ratio "traced: 1/=overlayfs: delay, s/traced: delay, s"
     say
     say "The second node's daemon used $(on b peak_memory) MB at most."

@@ -1,10 +1,11 @@
-# contrib/bench warm [--rounds N] [IMAGE]: reads of an image that is wholly on the node. The image came from a store, lazily, and was
-# switched to its local files; beside it the same image on `overlayfs`, unpacked on the same disk. Each measure is taken twice on each:
-# with the page cache dropped (`disk`), and once more with what the first left there (`memory`).
+# contrib/bench warm [--rounds N] [IMAGE]: reads of an image that is wholly on the node. The image came from a store, lazily; `switched` was mounted
+# before its data was here, as by a container that started then, `mounted` when all of it was, as by every later one; beside them the same image
+# on `overlayfs`, unpacked on the same disk. Each measure is taken twice on each: with the page cache dropped (`disk`), and once more with what
+# the first left there (`memory`). Each round begins with another one.
 # shellcheck shell=bash
 
 bench_warm() {
-    local name=${1:-big} round snapshotter measure largest files bytes
+    local name=${1:-big} round tree measure largest files bytes trees=(overlayfs switched mounted)
     step "Make and push $name" push_image "$name"
     publish_to "file://$W/store" "$name"
     step "Unpack it on overlayfs, and fetch it, on the second node" on b warm_node "$name"
@@ -15,15 +16,16 @@ bench_warm() {
     say "$files files, $((bytes / 1000000)) MB; the largest is $largest, $(($(stat -c %s "$W/tree-overlayfs/$largest") / 1000000)) MB."
     for ((round = 1; round <= ROUNDS; round++)); do
         for measure in find stat tar sequential random; do
-            for snapshotter in overlayfs speedy; do
+            for tree in "${trees[@]}"; do
                 cold
-                warm_measure "$measure" disk "$snapshotter"
-                warm_measure "$measure" memory "$snapshotter"
+                warm_measure "$measure" disk "$tree"
+                warm_measure "$measure" memory "$tree"
             done
         done
+        trees=("${trees[@]:1}" "${trees[0]}")
     done
     say
-    table "warm reads" --ratio "ratio=speedy/overlayfs" --digits 0
+    table "warm reads" --ratio "switched:=switched/overlayfs" --ratio "mounted:=mounted/overlayfs" --digits 0
     on b warm_end
 }
 
@@ -35,24 +37,25 @@ warm_node() {
     SPEEDY_TRUST_KEYS=$KEY SPEEDY_PUBLISH_POLICY=off start_speedy --store "file://$W/store"
     start_containerd "$CONTAINERD_VERSION"
     local snapshotter
-    mkdir "$W/tree-overlayfs" "$W/tree-speedy"
+    mkdir "$W/tree-overlayfs" "$W/tree-switched" "$W/tree-mounted"
     for snapshotter in speedy overlayfs; do
         pull_by ctr "$snapshotter" "$1" >/dev/null
-        ctr images mount --snapshotter "$snapshotter" "$(image "$1")" "$W/tree-$snapshotter" >/dev/null
+        ctr images mount --snapshotter "$snapshotter" "$(image "$1")" "$W/tree-${snapshotter/speedy/switched}" >/dev/null
     done
     filled 600
     wait_for 30 "the layers to be read without Speedy" all_native
+    ctr images mount --snapshotter speedy "$(image "$1")" "$W/tree-mounted" >/dev/null
 }
 all_native() {
     "$SPEEDY" layers --json --address "$SPEEDY_ADDRESS" |
         jq -e '(if type == "object" then .layers else . end) | length > 0 and all(.[]; .origin == "fetched" and .attached and (.lazy | not))' >/dev/null
 }
 warm_end() {
-    local snapshotter
-    for snapshotter in speedy overlayfs; do ctr images unmount --rm "$W/tree-$snapshotter" >/dev/null || true; done
+    local tree
+    for tree in overlayfs switched mounted; do ctr images unmount --rm "$W/tree-$tree" >/dev/null || true; done
 }
 
-# warm_measure MEASURE WHERE SNAPSHOTTER
+# warm_measure MEASURE WHERE TREE
 warm_measure() {
     local tree=$W/tree-$3 took
     case $1 in

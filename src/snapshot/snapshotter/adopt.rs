@@ -59,7 +59,7 @@ impl Snapshotter {
             };
         }
         let Some(hits) = &self.hits else { return Ok(None) };
-        self.foresight.asks(&request.chain).into_iter().for_each(|ahead| self.foresee(ahead));
+        self.asked_for(&request.chain, parent.is_none());
         let Some(hit) = hits.find(&request.chain, parent.is_none()).await? else { return Ok(None) };
         if self.driver.storage() == Storage::Volumes {
             let made = match there {
@@ -112,7 +112,7 @@ impl Snapshotter {
         labels: &Labels,
     ) -> Result<Option<Vec<Mount>>, LayerError> {
         let Some(hits) = &self.hits else { return Ok(None) };
-        self.foresight.asks(chain).into_iter().for_each(|ahead| self.foresee(ahead));
+        self.asked_for(chain, false);
         let lock = self.layer_locks.of((chain.to_string(), None));
         let _held = lock.lock().await;
         let Some(hit) = hits.find(chain, false).await? else { return Ok(None) };
