@@ -260,7 +260,7 @@ impl Hits {
         first: bool,
         waited_for: bool,
     ) -> Result<Option<Hit>, HitError> {
-        if self.rest_until.lock().is_some_and(|until| Instant::now() < until) {
+        if self.is_resting() {
             return Err(HitError::Resting);
         }
         let (reserved, began) = (Mutex::new(None), Instant::now());
@@ -277,6 +277,10 @@ impl Hits {
             self.meta.give_up(id).await;
         }
         found
+    }
+
+    fn is_resting(&self) -> bool {
+        self.rest_until.lock().is_some_and(|until| Instant::now() < until)
     }
 
     fn rest(&self) {

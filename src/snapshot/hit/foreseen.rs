@@ -155,6 +155,8 @@ impl Hits {
             self.foreseen.take(chain, |promise| !first && promise.begun.load(Ordering::Acquire))?;
         let (found, waited) = match promise.found.try_recv() {
             Ok(found) => (found, false),
+            // It was late for the layer below: containerd waits for it once.
+            Err(_) if self.is_resting() => return None,
             Err(_) => (promise.found.await.ok()?, true),
         };
         let usable = match &found {
@@ -317,6 +319,18 @@ mod tests {
         });
         assert!(matches!(found, Err(HitError::Late(_))), "containerd waited");
         assert!(matches!(hits.find(&chains[0], true).await, Err(HitError::Resting)));
+    }
+
+    #[tokio::test]
+    async fn a_late_store_is_waited_for_once() {
+        // Found by a store whose every request took 5 s: the layer above waited for what had been begun for it, too.
+        let dir = tempfile::tempdir().unwrap();
+        let (hits, chains) = hits(dir.path()).await;
+        let order = hits.foreseen.order(&chains[1]).unwrap();
+        order.begun.store(true, Ordering::Release);
+        hits.rest();
+        let found = tokio::time::timeout(DEADLINE, hits.find(&chains[1], false)).await;
+        assert!(matches!(found, Ok(Err(HitError::Resting))), "{found:?}");
     }
 
     #[tokio::test]
