@@ -97,14 +97,15 @@ live() {
     done
 }
 
-# collect_until END: collections, of which each is killed unless it is quicker; on S3 later, because reading takes them seconds there.
+# collect_until END: collections, of which each is killed unless it is quicker; on S3 every second one later than the others, which are
+# killed while they still read.
 collect_until() {
-    local end=$1 pid status reads=0
+    local end=$1 pid status reads=0 round=0
     [[ $STORE != s3://* ]] || reads=3
     while (($(now_ms) < end)); do
         become_gc --execute --rate $((20 + 20 * reads + RANDOM % 60)) >"$W/gc.out" 2>"$W/gc.err" &
         pid=$!
-        sleep "$((reads + RANDOM % 2)).$((RANDOM % 10))"
+        sleep "$((reads * (round++ % 2) + RANDOM % 2)).$((RANDOM % 10))"
         kill -KILL "$pid" 2>/dev/null || true
         status=0
         wait "$pid" 2>/dev/null || status=$?
