@@ -2,7 +2,7 @@
 //!
 //! **What.** containerd asks for one layer after the other, and each answer takes the round trips of a ref, an index and metadata. Before it asks
 //! for the first it has stored the image's configuration, which lists them all, and has published that (`/content/create`). When one of an
-//! image's layers is asked for, those above it are looked up at the same time ([`Hits::foresee`]).
+//! image's layers is asked for, those above it are looked up at the same time (`hit::foreseen`).
 //!
 //! **Where.** Owned by `snapshotter`, which is told of configurations by `daemon` and of layers by containerd.
 //!
