@@ -255,11 +255,11 @@ struct Foreseeing {
 impl Foreseeing {
     /// Tells of the layers of the image whose configuration this is; what is none is none.
     fn tell(&self, namespace: &str, digest: Digest, told: Vec<Arc<Snapshotter>>) {
-        // Only a hint: with more of them than that there is something else going on than pulls.
-        let Ok(turn) = Arc::clone(&self.reads).try_acquire_owned() else { return };
         if told.is_empty() {
             return;
         }
+        // Only a hint: with more of them than that there is something else going on than pulls.
+        let Ok(turn) = Arc::clone(&self.reads).try_acquire_owned() else { return };
         let (blobs, namespace, stop) = (self.blobs.clone(), namespace.to_owned(), self.stop.clone());
         let read = async move {
             let config = blobs.containerd(&namespace).await?.read(&digest, LONGEST_DOCUMENT).await?;

@@ -71,9 +71,7 @@ pub(super) fn open_store(config: &Config) -> Result<Store, DaemonError> {
 }
 
 fn cold_layers(layers: &Arc<LayerStore>, content: &Arc<ContentStore>, limit: Option<u64>) -> Arc<ColdLayers> {
-    let (layers, content) = (Arc::clone(layers), Arc::clone(content));
-    let supply = Supply { layers, local: Arc::default(), content, counts: Arc::default() };
-    Arc::new(ColdLayers::new(supply).with_allowance(Allowance::new(limit)))
+    Arc::new(ColdLayers::new(Supply::new(layers, content)).with_allowance(Allowance::new(limit)))
 }
 
 /// What thin volumes below a root of their own are made of: layers of this store.

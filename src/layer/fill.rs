@@ -70,6 +70,12 @@ pub struct Supply {
 }
 
 impl Supply {
+    /// Of a node of whose layers nothing is known yet.
+    pub fn new(layers: &Arc<LayerStore>, content: &Arc<ContentStore>) -> Supply {
+        let (layers, content) = (Arc::clone(layers), Arc::clone(content));
+        Supply { layers, local: Arc::default(), content, counts: Arc::default() }
+    }
+
     /// The checked bytes of a chunk.
     pub async fn get(&self, chunk: ChunkRef) -> Result<(Bytes, Supplier), ContentError> {
         if self.local.contains(&chunk.id) {

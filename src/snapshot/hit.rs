@@ -341,7 +341,12 @@ impl Hits {
     /// What was fetched under another index with the same diff ID is not what this publisher vouches for.
     fn is_usable(&self, layer: &LayerRecord, digest: [u8; 32]) -> bool {
         let same = layer.origin == Origin::Applied || layer.index == Some(digest);
-        same && (layer.progress == Progress::Filling || self.layers.store.is_complete(layer.id.serial))
+        same && self.is_here(layer)
+    }
+
+    /// Whether this node has its image, or is getting it.
+    fn is_here(&self, layer: &LayerRecord) -> bool {
+        layer.progress == Progress::Filling || self.layers.store.is_complete(layer.id.serial)
     }
 
     async fn fetch_metadata(&self, id: Id, index: &Arc<LayerIndex>) -> Result<(), HitError> {

@@ -566,13 +566,7 @@ mod tests {
         let meta = Arc::new(MetaStore::open(root, "overlayfs").unwrap());
         let files = Arc::new(LayerStore::open(root, Attacher::untried(root)).unwrap());
         let content = store(objects, 1);
-        let supply = Supply {
-            layers: Arc::clone(&files),
-            local: Arc::default(),
-            content: Arc::clone(&content),
-            counts: Arc::default(),
-        };
-        let cold = Arc::new(ColdLayers::new(supply));
+        let cold = Arc::new(ColdLayers::new(Supply::new(&files, &content)));
         let layers = Arc::new(Layers::new(Arc::clone(&meta), files, Some(Arc::clone(&cold)), None));
         assert!(Traces::new(Arc::clone(&meta), Arc::clone(&layers), Arc::clone(&content)).is_none());
         let (images, asking, denied) = (Mutex::default(), KeyedLocks::default(), AtomicBool::new(false));

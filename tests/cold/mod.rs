@@ -140,7 +140,9 @@ impl Cold {
     /// The same with so much room.
     pub(crate) fn with_room(&self, limit: u64) -> Arc<ColdLayers> {
         let content = Arc::new(content(&self.store));
-        Arc::new(ColdLayers::new(supply(&self.files, &content)).with_allowance(Allowance::new(Some(limit))))
+        Arc::new(
+            ColdLayers::new(Supply::new(&self.files, &content)).with_allowance(Allowance::new(Some(limit))),
+        )
     }
 
     /// The layer under this serial, with its metadata here, as a hit leaves it.
@@ -197,10 +199,5 @@ pub(crate) fn content(store: &Arc<Slow>) -> ContentStore {
 }
 
 fn cold_layers(files: &Arc<LayerStore>, content: &Arc<ContentStore>) -> Arc<ColdLayers> {
-    Arc::new(ColdLayers::new(supply(files, content)))
-}
-
-pub(crate) fn supply(files: &Arc<LayerStore>, content: &Arc<ContentStore>) -> Supply {
-    let (layers, content) = (Arc::clone(files), Arc::clone(content));
-    Supply { layers, local: Arc::default(), content, counts: Arc::default() }
+    Arc::new(ColdLayers::new(Supply::new(files, content)))
 }

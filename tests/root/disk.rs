@@ -18,6 +18,7 @@ use speedy::driver::memory::Memory;
 use speedy::layer::LayerStore;
 use speedy::layer::allowance::Allowance;
 use speedy::layer::attach::{Attacher, Mode};
+use speedy::layer::fill::Supply;
 use speedy::layer::lazy::session::Resume;
 use speedy::layer::lazy::{ColdLayers, Kept, Lazy};
 use speedy::snapshot::layers::{Layers, Upkeep};
@@ -91,7 +92,7 @@ impl Node {
         let files = Arc::new(files);
         let allowance = Allowance::new(limit);
         let _inside = self.runtime.enter();
-        let cold = ColdLayers::new(cold::supply(&files, &self.content)).with_allowance(allowance);
+        let cold = ColdLayers::new(Supply::new(&files, &self.content)).with_allowance(allowance);
         let cold = Arc::new(cold);
         let exe = Path::new(env!("CARGO_BIN_EXE_speedy"));
         let served = Arc::clone(&cold) as Arc<_>;
@@ -194,7 +195,7 @@ async fn image(root: &Path, content: &Arc<ContentStore>, meta: &MetaStore, n: u6
     let serial = ids[0].serial;
     store.write_index(serial, &index.encode()).unwrap();
     store.create(serial).unwrap();
-    let layers = ColdLayers::new(cold::supply(&store, content));
+    let layers = ColdLayers::new(Supply::new(&store, content));
     let opened = layers.open(serial, || Some(Arc::clone(&index))).unwrap();
     opened.fetch(index.metadata_places()).await.unwrap();
     use_layer(meta, ids[1], LayerChoice::New(new), n).await;

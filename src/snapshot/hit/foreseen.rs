@@ -19,7 +19,7 @@ use super::{Hit, HitError, Hits};
 use crate::layer::work::Work;
 use crate::oci::ChainId;
 use crate::snapshot::foresight::Ahead;
-use crate::snapshot::metastore::{LayerChoice, Origin, Progress};
+use crate::snapshot::metastore::{LayerChoice, Origin};
 
 /// How many connections to a far store are opened before an image's metadata and chunks are asked for: each takes a way there and back.
 pub(in crate::snapshot) const CONNECTIONS: usize = 96;
@@ -183,9 +183,7 @@ impl Hits {
     /// Whether a lookup would still say so: a layer of the node is still there, and one of the store is not here yet.
     fn is_current(&self, hit: &Hit) -> bool {
         match &hit.layer {
-            LayerChoice::Known(id) => self.meta.layer(id.serial).is_some_and(|layer| {
-                layer.progress == Progress::Filling || self.layers.store.is_complete(layer.id.serial)
-            }),
+            LayerChoice::Known(id) => self.meta.layer(id.serial).is_some_and(|layer| self.is_here(&layer)),
             LayerChoice::New(new) => {
                 let here = |origin| self.meta.layer_of(&new.facts, origin).is_some();
                 !here(Origin::Applied) && !here(Origin::Fetched)
@@ -220,13 +218,7 @@ mod tests {
         let (content, _) = node(&objects, 1, Duration::ZERO, 0);
         let (content, meta) = (Arc::new(content), Arc::new(MetaStore::open(root, "overlayfs").unwrap()));
         let files = Arc::new(LayerStore::open(root, Attacher::untried(root)).unwrap());
-        let supply = Supply {
-            layers: Arc::clone(&files),
-            local: Arc::default(),
-            content: Arc::clone(&content),
-            counts: Arc::default(),
-        };
-        let cold = Some(Arc::new(ColdLayers::new(supply)));
+        let cold = Some(Arc::new(ColdLayers::new(Supply::new(&files, &content))));
         let layers = Arc::new(Layers::new(Arc::clone(&meta), files, cold, None));
         let chains = (0..3).map(|place| catalogue.chain(2, place)).collect();
         (Arc::new(Hits::new(meta, layers, content, DEADLINE)), chains)
