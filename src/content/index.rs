@@ -4,7 +4,8 @@
 //! only be made by [`LayerIndex::new`] and [`LayerIndex::decode`], which check the same things, so whoever holds one may use its
 //! numbers without looking at them again.
 //!
-//! **Format.** Version 1. Canonical protobuf: the bytes are exactly those that [`LayerIndex::encode`] writes, everything else is
+//! **Format.** Version 2; version 1, which is read as well, is the same for images that have the names of all directories in blocks
+//! of their own ([`crate::image`]). Canonical protobuf: the bytes are exactly those that [`LayerIndex::encode`] writes, everything else is
 //! refused, so that one layer has one index and one digest. The digest of an index is the BLAKE3-256 of its bytes and the name
 //! of its object.
 //!
@@ -32,8 +33,8 @@ use crate::image::{BLOCK, Facts, Layout, RESERVED};
 use crate::oci::DiffId;
 use crate::proto::speedy::v1 as wire;
 
-/// The version that is written, and the only one that is read.
-pub const FORMAT: u32 = 1;
+/// The version that is written. What was written before is read as well.
+pub const FORMAT: u32 = 2;
 
 /// The smallest inode that EROFS has, in bytes.
 const SMALLEST_INODE: u64 = 32;
@@ -144,6 +145,8 @@ impl Placed {
 /// A layer image as a list of chunks, checked.
 #[derive(Clone, PartialEq, Eq)]
 pub struct LayerIndex {
+    /// The version of its bytes: an index that was read keeps its digest.
+    format: u32,
     facts: Facts,
     chunks: Vec<Placed>,
     /// How many of `chunks` come before the metadata.
@@ -171,7 +174,7 @@ impl LayerIndex {
             }
             building.add(offset / BLOCK, chunk.length / chunk::BLOCK, chunk.id)?;
         }
-        building.finish()
+        building.finish(FORMAT)
     }
 
     /// The index that these bytes are.
@@ -180,7 +183,7 @@ impl LayerIndex {
         if length > limits.encoded() {
             return Err(IndexError::TooLarge { what: "bytes", found: length, limit: limits.encoded() });
         }
-        check_format(bytes)?;
+        let format = read_format(bytes)?;
         let message = wire::LayerIndex::decode(bytes).map_err(|_| IndexError::Malformed("not a message"))?;
         let facts = facts_of(&message)?;
         check_facts(&facts, limits)?;
@@ -192,7 +195,7 @@ impl LayerIndex {
         for ((id, length), skip) in ids.iter().zip(&message.lengths).zip(&message.skips) {
             building.add(building.end + u64::from(*skip), *length, ChunkId::from_bytes(*id))?;
         }
-        let index = building.finish()?;
+        let index = building.finish(format)?;
         drop(message);
         if index.encode() != bytes {
             return Err(IndexError::Malformed("not in canonical form"));
@@ -212,7 +215,7 @@ impl LayerIndex {
         self.chunks.iter().for_each(|placed| ids.extend_from_slice(placed.id.as_bytes()));
         let layout = &self.facts.layout;
         let message = wire::LayerIndex {
-            format: FORMAT,
+            format: self.format,
             diff_id: raw(&self.facts.diff_id.0).to_vec(),
             attributes: self.facts.attributes.map(Vec::from).unwrap_or_default(),
             tar_size: self.facts.tar_size,
@@ -336,23 +339,26 @@ impl<'a> Building<'a> {
         Ok(())
     }
 
-    fn finish(self) -> Result<LayerIndex, IndexError> {
+    fn finish(self, format: u32) -> Result<LayerIndex, IndexError> {
         if self.chunks.len() == self.before_metadata {
             return Err(IndexError::Malformed("no superblock or no metadata"));
         }
         let mut chunks = self.chunks;
         chunks.shrink_to_fit();
-        Ok(LayerIndex { facts: self.facts.clone(), chunks, before_metadata: self.before_metadata })
+        let facts = self.facts.clone();
+        Ok(LayerIndex { format, facts, chunks, before_metadata: self.before_metadata })
     }
 }
 
 /// Before anything else is looked at: another version may have another shape. Canonical bytes begin with the version.
-fn check_format(bytes: &[u8]) -> Result<(), IndexError> {
+fn read_format(bytes: &[u8]) -> Result<u32, IndexError> {
     let malformed = IndexError::Malformed("it does not begin with its format version");
     let Some((&0x08, mut rest)) = bytes.split_first() else { return Err(malformed) };
     match prost::encoding::decode_varint(&mut rest) {
-        Ok(found) if found == u64::from(FORMAT) => Ok(()),
-        Ok(found) => Err(IndexError::UnknownFormat { found }),
+        Ok(found) => match u32::try_from(found) {
+            Ok(format @ 1..=FORMAT) => Ok(format),
+            _ => Err(IndexError::UnknownFormat { found }),
+        },
         Err(_) => Err(malformed),
     }
 }

@@ -15,8 +15,9 @@
 //!
 //! **Invariants** of an accepted image:
 //! * **K1** The superblock has no feature bit, no second device, no compression, no packed or shared metadata.
-//! * **K2** Every byte of the metadata is accounted for: inodes with their xattrs and symlink targets in a row, in the
-//!   writer's order, then the blocks of the directories in the same order; what pads them is zero. (Of the data region only
+//! * **K2** Every byte of the metadata is accounted for: inodes with their xattrs and what is inline (symlink targets, the last names
+//!   of directories) in a row, in the writer's order, then the blocks of the directories in the same order; what pads them is zero.
+//!   A directory with all its names in blocks, as in images of index format 1, is accepted as well. (Of the data region only
 //!   ranges are checked: it holds what the layer's author wrote, and the kernel never parses it. Neither head beyond
 //!   the superblock's block nor tail are read: they hold no byte of the image.)
 //! * **K3** File data lies in the data region, from a block boundary on.

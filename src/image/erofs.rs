@@ -30,17 +30,21 @@
 //! ```
 //!
 //! The metadata is: 64 bytes of nothing, so that no inode has the number 0; the inodes from the image root on, parents before
-//! children, those of a directory next to each other, each from a multiple of 64 bytes on; from the next block on, the blocks of
-//! the directories in the same order. A symlink's target stands behind its inode and xattrs and does not cross a block (which may
-//! leave the rest of a block empty before it). A directory's size ends with its last name. The image root is 0755, 0:0, of 1970,
-//! and holds `fs` alone, the layer's root.
+//! children, those of a directory next to each other, each from a multiple of 64 bytes on; from the next block on, the full blocks
+//! of the directories in the same order. A symlink's target, and what a directory has behind its full blocks, stands *inline*: behind
+//! its inode and xattrs, and does not cross a block (which may leave the rest of a block empty before it). Where a directory's would
+//! even so, because of its xattrs, all of it is in blocks. A directory's size ends with its last name. The image root is 0755, 0:0,
+//! of 1970, and holds `fs` alone, the layer's root.
+//!
+//! Inline, because the kernel reads the metadata of an image block by block, without readahead: a tree of 5,072 directories took 5,576 reads
+//! to list when each had a block of its own. Layer images of index format 1 are like that; they are read, and not made any more.
 
 use std::collections::VecDeque;
 
 use super::data::{Data, block_number};
 use super::error::{ImageError, Unrepresentable};
 use super::tar::{Time, Xattr};
-use super::tree::{Body, Node, NodeId, Tree};
+use super::tree::{Body, NodeId, Tree};
 use super::{BLOCK, Layout, RESERVED};
 
 const MAGIC: u32 = 0xe0f5_e1e2;
@@ -77,9 +81,14 @@ struct Plan {
     directories: u64,
 }
 
-/// Where the image root and the layer's root begin.
+/// Where the image root and the layer's root begin: behind the image root's inode are the entries `.`, `..` and `fs`.
 const IMAGE_ROOT: u64 = INODE;
-const LAYER_ROOT_PLACE: u64 = IMAGE_ROOT + INODE;
+const LAYER_ROOT_PLACE: u64 = IMAGE_ROOT + 2 * INODE;
+
+/// Whether `length` bytes from `at` on, in bytes from a block boundary, are in more blocks than one.
+fn crosses(at: u64, length: u64) -> bool {
+    length > 0 && at / BLOCK != (at + length - 1) / BLOCK
+}
 
 impl Plan {
     fn of(tree: &Tree<'_>) -> Result<Plan, ImageError> {
@@ -106,21 +115,24 @@ impl Plan {
     fn place(&mut self, tree: &Tree<'_>, node: (NodeId, NodeId), at: u64) -> Result<u64, ImageError> {
         let inode = tree.node(node.0);
         let body = INODE + xattr_size(&inode.xattrs);
-        let (mut at, mut end) = (at, at + body);
-        if let Body::Symlink(target) = &inode.body {
-            let length = target.len() as u64;
-            let crosses = |end: u64| end / BLOCK != (end + length - 1) / BLOCK;
-            if crosses(end) {
-                at = (end.next_multiple_of(BLOCK) - body).next_multiple_of(INODE);
-                end = at + body;
-            }
-            if crosses(end) {
+        let inline = match &inode.body {
+            Body::Symlink(target) => target.len() as u64,
+            Body::Directory(_) => directory_size(tree, node.0) % BLOCK,
+            _ => 0,
+        };
+        let mut place = at;
+        if crosses(at + body, inline) {
+            place = ((at + body).next_multiple_of(BLOCK) - body).next_multiple_of(INODE);
+        }
+        let mut end = place + body + inline;
+        if crosses(place + body, inline) {
+            if let Body::Symlink(_) = &inode.body {
                 let path = tree.name_of(node.0, node.1);
                 return Err(ImageError::Unrepresentable { path, reason: Unrepresentable::Symlink });
             }
-            end += length;
+            (place, end) = (at, at + body);
         }
-        self.places[node.0.index()] = at;
+        self.places[node.0.index()] = place;
         self.order.push(node);
         Ok(end.next_multiple_of(INODE))
     }
@@ -143,9 +155,12 @@ pub(super) fn write(tree: &Tree<'_>, mut data: Data<'_>, allowed: u64) -> Result
     let plan = Plan::of(tree)?;
     write_inodes(tree, &plan, start, &mut data)?;
     pad(&mut data, start + plan.directories)?;
-    write_directory(&mut data, image_root())?;
     for (id, parent) in plan.directories_of(tree) {
-        write_directory(&mut data, entries(tree, &plan, id, parent))?;
+        let blocks = Inode::of(tree, id, plan.places[id.index()]).blocks();
+        for (_, block) in (0..blocks).zip(in_blocks(entries(tree, &plan, id, parent))) {
+            data.put(&encode_entries(&block))?;
+            data.align()?;
+        }
     }
     data.align()?;
     let end = data.position();
@@ -156,39 +171,37 @@ pub(super) fn write(tree: &Tree<'_>, mut data: Data<'_>, allowed: u64) -> Result
 
 fn write_inodes(tree: &Tree<'_>, plan: &Plan, start: u64, data: &mut Data<'_>) -> Result<(), ImageError> {
     let mut next = start + plan.directories;
-    let mut place = |inode: &mut Inode, entries: &mut dyn Iterator<Item = Dirent<'_>>| {
-        let mut blocks = DirectoryBlocks::default();
-        entries.for_each(|entry| blocks.count(entry.name));
-        (inode.size, inode.word) = (blocks.size(), block_number(next));
-        next += inode.size.next_multiple_of(BLOCK);
-    };
     data.put(&[0; 64])?;
-    let mut root = Inode { links: 3, ..Inode::new(0o040_755) };
-    place(&mut root, &mut image_root());
+    let names = encode_entries(&image_root());
+    let root = Inode { inline: true, size: names.len() as u64, links: 3, ..Inode::new(0o040_755) };
     data.put(&root.encode(IMAGE_ROOT))?;
+    data.put(&names)?;
     for (id, parent) in &plan.order {
-        let node = tree.node(*id);
-        let mut inode = Inode::of(node);
-        if matches!(node.body, Body::Directory(_)) {
-            place(&mut inode, &mut entries(tree, plan, *id, *parent));
-            let is_directory = |(_, id): &(&[u8], NodeId)| matches!(tree.node(*id).body, Body::Directory(_));
-            let below = tree.children(*id).filter(is_directory).count();
-            inode.links = u32::try_from(2 + below).unwrap_or(u32::MAX);
+        let (node, place) = (tree.node(*id), plan.places[id.index()]);
+        let mut inode = Inode::of(tree, *id, place);
+        if inode.blocks() > 0 {
+            inode.word = block_number(next);
+            next += inode.blocks() * BLOCK;
         }
-        pad(data, start + plan.places[id.index()])?;
-        data.put(&inode.encode(plan.places[id.index()]))?;
+        pad(data, start + place)?;
+        data.put(&inode.encode(place))?;
         data.put(&encode_xattrs(&node.xattrs))?;
-        if let Body::Symlink(target) = &node.body {
-            data.put(target)?;
+        match &node.body {
+            Body::Symlink(target) => data.put(target)?,
+            Body::Directory(_) if inode.inline => {
+                let last = in_blocks(entries(tree, plan, *id, *parent)).last().unwrap_or_default();
+                data.put(&encode_entries(&last))?;
+            }
+            _ => {}
         }
     }
     Ok(())
 }
 
 /// What is in the image root.
-fn image_root() -> impl Iterator<Item = Dirent<'static>> {
+fn image_root() -> [Dirent<'static>; 3] {
     let names = [(&b"."[..], IMAGE_ROOT), (b"..", IMAGE_ROOT), (LAYER_ROOT, LAYER_ROOT_PLACE)];
-    names.into_iter().map(|(name, place)| Dirent { name, nid: place / NID_UNIT, kind: DIRECTORY })
+    names.map(|(name, place)| Dirent { name, nid: place / NID_UNIT, kind: DIRECTORY })
 }
 
 fn pad(data: &mut Data<'_>, to: u64) -> Result<(), ImageError> {
@@ -241,7 +254,10 @@ impl Inode {
         Inode { inline: false, xattrs: 0, mode, size: 0, word: 0, uid: 0, gid: 0, mtime, links: 1 }
     }
 
-    fn of(node: &Node) -> Inode {
+    /// That of a node which begins at `place` of the metadata. Where its blocks are, if it is a directory, is not said yet.
+    fn of(tree: &Tree<'_>, id: NodeId, place: u64) -> Inode {
+        let node = tree.node(id);
+        let xattrs = xattr_size(&node.xattrs);
         let (size, word) = match &node.body {
             Body::File { size, block } => (*size, *block),
             Body::Symlink(target) => (target.len() as u64, 0),
@@ -249,18 +265,40 @@ impl Inode {
                 // The kernel's new_encode_dev.
                 (0, (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12))
             }
-            Body::Directory(_) | Body::Fifo => (0, 0),
+            Body::Directory(_) => (directory_size(tree, id), 0),
+            Body::Fifo => (0, 0),
+        };
+        let (inline, links) = match &node.body {
+            Body::Symlink(_) => (true, node.links),
+            Body::Directory(_) => {
+                let is_directory =
+                    |(_, id): &(&[u8], NodeId)| matches!(tree.node(*id).body, Body::Directory(_));
+                let below = tree.children(id).filter(is_directory).count();
+                let last = size % BLOCK;
+                let inline = last > 0 && !crosses(place + INODE + xattrs, last);
+                (inline, u32::try_from(2 + below).unwrap_or(u32::MAX))
+            }
+            _ => (false, node.links),
         };
         Inode {
-            inline: matches!(node.body, Body::Symlink(_)),
-            xattrs: xattr_size(&node.xattrs),
+            inline,
+            xattrs,
             mode: kind(&node.body).1 | node.mode,
             size,
             word,
             uid: node.uid,
             gid: node.gid,
             mtime: node.mtime,
-            links: node.links,
+            links,
+        }
+    }
+
+    /// How many blocks of names there are; none where this is no directory.
+    fn blocks(&self) -> u64 {
+        match self.mode & 0o170_000 {
+            0o040_000 if self.inline => self.size / BLOCK,
+            0o040_000 => self.size.div_ceil(BLOCK),
+            _ => 0,
         }
     }
 
@@ -337,7 +375,23 @@ struct Dirent<'a> {
     kind: u8,
 }
 
-/// All entries of a directory, sorted, with `.` and `..` where they belong.
+/// All names in a directory, sorted, with `.` and `..`, which are no nodes, where they belong.
+fn names<'t>(tree: &'t Tree<'_>, id: NodeId) -> impl Iterator<Item = (&'t [u8], Option<NodeId>)> {
+    let mut dots = [&b"."[..], b".."].into_iter().peekable();
+    let mut children = tree.children(id).peekable();
+    std::iter::from_fn(move || {
+        let is_dot = match (dots.peek(), children.peek()) {
+            (Some(dot), Some((name, _))) => dot < name,
+            (dot, _) => dot.is_some(),
+        };
+        if is_dot {
+            return dots.next().map(|dot| (dot, None));
+        }
+        children.next().map(|(name, id)| (name, Some(id)))
+    })
+}
+
+/// All entries of a directory, sorted.
 fn entries<'t>(
     tree: &'t Tree<'_>,
     plan: &'t Plan,
@@ -345,66 +399,43 @@ fn entries<'t>(
     parent: NodeId,
 ) -> impl Iterator<Item = Dirent<'t>> {
     let above = if id == Tree::ROOT { IMAGE_ROOT / NID_UNIT } else { plan.nid(parent) };
-    let dot = |name, nid| Dirent { name, nid, kind: DIRECTORY };
-    let mut dots = [dot(&b"."[..], plan.nid(id)), dot(b"..", above)].into_iter().peekable();
-    let mut children = tree.children(id).peekable();
-    std::iter::from_fn(move || {
-        let is_dot = match (dots.peek(), children.peek()) {
-            (Some(dot), Some((name, _))) => dot.name < *name,
-            (dot, _) => dot.is_some(),
-        };
-        if is_dot {
-            return dots.next();
-        }
-        let (name, id) = children.next()?;
-        Some(Dirent { name, nid: plan.nid(id), kind: kind(&tree.node(id).body).0 })
+    names(tree, id).map(move |(name, child)| match child {
+        Some(child) => Dirent { name, nid: plan.nid(child), kind: kind(&tree.node(child).body).0 },
+        None => Dirent { name, nid: if name == b"." { plan.nid(id) } else { above }, kind: DIRECTORY },
     })
 }
 
-/// How many blocks entries take.
-#[derive(Default)]
-struct DirectoryBlocks {
-    full: u64,
-    used: usize,
+/// The bytes that a directory's entries take: full blocks, and what the last ones need.
+fn directory_size(tree: &Tree<'_>, id: NodeId) -> u64 {
+    let (mut full, mut used) = (0, 0);
+    for (name, _) in names(tree, id) {
+        (full, used) = match with_entry(used, name) {
+            Some(now) => (full, now),
+            None => (full + 1, DIRENT + name.len()),
+        };
+    }
+    full * BLOCK + used as u64
 }
 
-impl DirectoryBlocks {
-    /// Whether an entry still fits the block.
-    fn fits(&self, name: &[u8]) -> bool {
-        self.used + DIRENT + name.len() <= BLOCK_BYTES
-    }
+/// What one more entry makes of the `used` bytes of a block, if it fits.
+fn with_entry(used: usize, name: &[u8]) -> Option<usize> {
+    Some(used + DIRENT + name.len()).filter(|used| *used <= BLOCK_BYTES)
+}
 
-    fn count(&mut self, name: &[u8]) {
-        if !self.fits(name) {
-            self.full += 1;
-            self.used = 0;
+/// As many entries as fit, block by block.
+fn in_blocks<'t>(entries: impl Iterator<Item = Dirent<'t>>) -> impl Iterator<Item = Vec<Dirent<'t>>> {
+    let mut entries = entries.peekable();
+    std::iter::from_fn(move || {
+        let (mut block, mut used) = (Vec::new(), 0);
+        while let Some(now) = entries.peek().and_then(|entry| with_entry(used, entry.name)) {
+            used = now;
+            block.extend(entries.next());
         }
-        self.used += DIRENT + name.len();
-    }
-
-    fn size(&self) -> u64 {
-        self.full * BLOCK + self.used as u64
-    }
+        (!block.is_empty()).then_some(block)
+    })
 }
 
-fn write_directory<'t>(
-    data: &mut Data<'_>,
-    entries: impl Iterator<Item = Dirent<'t>>,
-) -> Result<(), ImageError> {
-    let mut block: Vec<Dirent<'_>> = Vec::new();
-    let mut blocks = DirectoryBlocks::default();
-    for entry in entries {
-        if !blocks.fits(entry.name) {
-            write_directory_block(data, &block)?;
-            block.clear();
-        }
-        blocks.count(entry.name);
-        block.push(entry);
-    }
-    write_directory_block(data, &block)
-}
-
-fn write_directory_block(data: &mut Data<'_>, entries: &[Dirent<'_>]) -> Result<(), ImageError> {
+fn encode_entries(entries: &[Dirent<'_>]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(BLOCK_BYTES);
     let mut name_at = entries.len() * DIRENT;
     for entry in entries {
@@ -414,6 +445,5 @@ fn write_directory_block(data: &mut Data<'_>, entries: &[Dirent<'_>]) -> Result<
         name_at += entry.name.len();
     }
     entries.iter().for_each(|entry| bytes.extend(entry.name));
-    data.put(&bytes)?;
-    data.align()
+    bytes
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! 0          head: superblock at 1024 in block 0, the rest a hole
 //! 8 MiB      data of the files, in tar order, each from a block boundary on, identical files once
-//! metadata   inodes, then directory blocks; the root directory's only entry is `fs`, the root of the layer
+//! metadata   inodes with short directories, then blocks of longer ones; the root directory's only entry is `fs`, the root of the layer
 //! tail       8 MiB, a hole
 //! ```
 //!

@@ -142,9 +142,10 @@ fn the_smallest_and_a_wide_and_a_deep_image_are_accepted() {
         wide = wide.with(&format!("name-of-some-length-{number}"), Node::file(b""));
         wide = wide.with(&format!("link-{number}"), Node::symlink(&vec![b'x'; number + 1]));
     }
-    let wide = wide.make();
-    assert_eq!(verdict(&wide).unwrap(), 6001);
-    require_agreement(&wide.bytes, &wide.layout);
+    for wide in [wide.make(), wide.plain().make()] {
+        assert_eq!(verdict(&wide).unwrap(), 6001);
+        require_agreement(&wide.bytes, &wide.layout);
+    }
 
     let (mut deep, mut path) = (Maker::new(), String::from("d"));
     for _ in 0..1500 {
@@ -216,13 +217,35 @@ fn layouts_that_cannot_be_are_refused() {
 
 #[test]
 fn what_an_inode_may_not_say() {
-    let image = sample().make();
+    for image in [sample().make(), sample().plain().make()] {
+        refuses_wrong_inodes(&image);
+    }
+    // What only an inline directory may say wrongly: a size without a rest, and one that leads into the next block.
+    let more = |maker: Maker, number| maker.with(&format!("z{number}"), Node::file(b""));
+    let image = (0..100).fold(sample(), more).make();
+    let sub = image.inodes["fs/a"];
+    for (bytes, rule) in [
+        (8192_u64, "an inline directory has entries behind its inode"),
+        (4095, "what is inline does not cross a block"),
+        (2 * 4096 + 20, "its blocks are in the metadata"),
+    ] {
+        assert_eq!(refusal(&patched(&image, sub + 8, &bytes.to_le_bytes())), (Part::Inode, rule));
+    }
+    let wrong = (Part::Inode, "a directory without blocks leads to none");
+    assert_eq!(refusal(&patched(&image, sub + 16, &[1])), wrong);
+    // And a plain one of the same image.
+    let plain = sample().plain().make();
+    let wrong = (Part::Inode, "its blocks are in the metadata");
+    assert_eq!(refusal(&patched(&plain, plain.inodes["fs/a/sub"] + 16, &[0; 4])), wrong);
+}
+
+fn refuses_wrong_inodes(image: &Image) {
     let (file, link, sub) = (image.inodes["fs/a/file"], image.inodes["fs/a/link"], image.inodes["fs/a/sub"]);
     let data = u32::try_from(image.layout.data.end / BLOCK).unwrap();
-    let cases: [(usize, &[u8], &str); 18] = [
+    let cases: [(usize, &[u8], &str); 17] = [
         (file, &[0], "an extended inode with flat data"),
         (file, &[9], "an extended inode with flat data"),
-        (file, &[5], "inline data in symlinks and nowhere else"),
+        (file, &[5], "inline data in symlinks and directories, and nowhere else"),
         (file, &[3], "flat data"),
         (file + 4, &[0, 0], "a known file type"),
         (file + 5, &[0xc1], "a known file type"),
@@ -234,22 +257,21 @@ fn what_an_inode_may_not_say() {
         (file + 40, &[0xff; 4], "less than a second of nanoseconds"),
         (file + 44, &[0; 4], "at least one link"),
         (file + 63, &[1], "nothing in reserved fields"),
-        (link + 8, &4096_u64.to_le_bytes(), "attributes and target end in the metadata"),
+        (link + 8, &4096_u64.to_le_bytes(), "attributes and what is inline end in the metadata"),
         (link + 8, &0_u64.to_le_bytes(), "a target has 1 to 4095 bytes"),
         (sub + 44, &1_u32.to_le_bytes(), "two links"),
-        (sub + 16, &[0; 4], "its blocks are in the metadata"),
     ];
     for (place, bytes, rule) in cases {
-        let refused = refusal(&patched(&image, place, bytes));
-        if rule.starts_with("attributes and target") {
+        let refused = refusal(&patched(image, place, bytes));
+        if rule.starts_with("attributes and what") {
             assert_eq!(refused.0, Part::Inode);
             continue;
         }
         assert_eq!(refused, (Part::Inode, rule), "byte {place}");
     }
-    assert_eq!(refusal(&patched(&image, link + 64, b"\0")).0, Part::Symlink);
+    assert_eq!(refusal(&patched(image, link + 64, b"\0")).0, Part::Symlink);
     // A file that leads to where the metadata is.
-    let metadata = patched(&image, file + 16, &data.to_le_bytes());
+    let metadata = patched(image, file + 16, &data.to_le_bytes());
     assert_eq!(refusal(&metadata), (Part::Inode, "a file's data is in the data"));
 }
 
@@ -285,13 +307,20 @@ fn what_xattrs_may_not_say() {
 
 #[test]
 fn what_a_directory_may_not_say() {
-    let image = sample().make();
+    refuses_wrong_directories(&sample().make());
+    let plain = sample().plain().make();
+    refuses_wrong_directories(&plain);
+    let behind = patched(&plain, plain.blocks["fs/a"] + 4000, &[1]);
+    assert_eq!(refusal(&behind), (Part::Directory, "behind the directory's size are zeros"));
+}
+
+fn refuses_wrong_directories(image: &Image) {
     let block = image.blocks["fs/a"];
     let names: Vec<usize> = (0..6).map(|n| block + n * 12).collect();
     let name_at = |entry: usize| block + usize::from(image.bytes[entry + 8]);
     let nid = |path: &str| ((image.inodes[path] - at(image.layout.metadata.start)) / 32) as u64;
     let directory = |place: usize, bytes: &[u8]| {
-        let refused = refusal(&patched(&image, place, bytes));
+        let refused = refusal(&patched(image, place, bytes));
         assert_eq!(refused.0, Part::Directory, "{refused:?}");
         refused.1
     };
@@ -317,20 +346,19 @@ fn what_a_directory_may_not_say() {
     assert_eq!(directory(block + 8, &[0, 0]), "names follow the entries");
     assert_eq!(directory(block + 8, &[73, 0]), "names follow the entries");
     assert_eq!(directory(block + 20, &[72, 0]), "names follow each other in the block");
-    assert_eq!(directory(block + 4000, &[1]), "behind the directory's size are zeros");
     // `..` becomes another name of `empty`.
-    let twice = patched(&image, names[1], &nid("fs/empty").to_le_bytes());
+    let twice = patched(image, names[1], &nid("fs/empty").to_le_bytes());
     let twice = patched(&twice, image.inodes["fs/empty"] + 44, &[2]);
     let twice = patched(&patched(&twice, names[1] + 10, &[1]), name_at(names[1]), b".-");
     assert_eq!(refusal(&twice).1, "`.` and `..` are there");
     // `gone` becomes a second name of `empty`, which has but one link; both are not directories.
-    let twice = patched(&image, names[3], &nid("fs/empty").to_le_bytes());
+    let twice = patched(image, names[3], &nid("fs/empty").to_le_bytes());
     assert!(verdict(&patched(&twice, names[3] + 10, &[1])).is_err());
     // `..` leads to itself.
     assert_eq!(directory(names[1], &nid("fs/a").to_le_bytes()), "`..` is the directory that holds it");
     // More links than names.
     let file = image.inodes["fs/a/file"];
-    assert_eq!(refusal(&patched(&image, file + 44, &[3])), (Part::Tree, "as many names as links"));
+    assert_eq!(refusal(&patched(image, file + 44, &[3])), (Part::Tree, "as many names as links"));
 }
 
 /// Two directories that hold each other, beside the tree.
@@ -480,6 +508,38 @@ fn images_of_the_writer_are_accepted() {
     }
 }
 
+/// Directories of all sizes, with xattrs and without: inline, beside blocks, and where that would cross a block, in blocks alone. Both
+/// readers find every name.
+#[test]
+fn directories_of_all_sizes_are_accepted() {
+    let mut items = Vec::new();
+    for count in (0..150).chain([290, 300, 310]) {
+        let directory = Item::dir(&format!("d{count}"));
+        let value = "v".repeat(count % 90);
+        items.push(if count % 2 == 0 { directory } else { directory.xattr("user.note", value.as_bytes()) });
+        items.extend((0..count).map(|n| Item::file(&format!("d{count}/name-{n:03}-of-a-file"), b"")));
+    }
+    // 4090 bytes of names: 13 and 14 for the dots, 102 for each long name, 85 for the last.
+    for (name, value) in [("full", &b""[..]), ("fuller", b"12345")] {
+        items.push(Item::dir(name).xattr("user.a", value));
+        items.extend((0..39).map(|n| Item::file(&format!("{name}/{n:02}{}", "x".repeat(88)), b"")));
+        items.push(Item::file(&format!("{name}/{}", "z".repeat(73)), b""));
+    }
+    let tar = Tar::of(&items);
+    let out = tempfile::NamedTempFile::new().unwrap();
+    let source = Source { blob: &tar[..], compression: Compression::Plain };
+    let facts = build(source, out.as_file(), &NothingBelow, &Limits::default(), &|| false).unwrap();
+    assert_eq!(check(out.as_file(), &facts.layout).unwrap().inodes, facts.inodes);
+    let bytes = std::fs::read(out.path()).unwrap();
+    require_agreement(&bytes, &facts.layout);
+    let found = contents(parts(&bytes, &facts.layout), &facts.layout).unwrap();
+    assert_eq!(found.len(), items.len() + 1);
+    // Inodes and names one behind the other, and less than half a block lost for each directory.
+    let names: usize = items.iter().map(|item| item.name.len() + 12).sum();
+    let room = facts.layout.metadata.end - facts.layout.metadata.start;
+    assert!(room < (items.len() * 64 + names) as u64 + 155 * 2048, "{room}");
+}
+
 /// The input is the metadata; block 0 and the layout are made to fit it. There is no data but room for some.
 fn from_input(input: &[u8]) -> (Vec<u8>, Vec<u8>, Layout) {
     let mut metadata = input.to_vec();
@@ -504,7 +564,11 @@ fn from_input(input: &[u8]) -> (Vec<u8>, Vec<u8>, Layout) {
 fn fuzz_metadata() {
     let small = Maker::new().with("a", Node::file(b"")).with("b", Node::symlink(b"a")).with("c", Node::dir());
     let with_attributes = Maker::new().root(Node::dir().xattr(1, b"name", b"value")).with("c", Node::dir());
-    let corpus: Vec<Vec<u8>> = [sample(), small, with_attributes]
+    let mut wide = Maker::new();
+    for number in 0..150 {
+        wide = wide.with(&format!("a-name-that-fills-more-than-a-block-{number}"), Node::file(b""));
+    }
+    let corpus: Vec<Vec<u8>> = [sample(), sample().plain(), small, with_attributes, wide]
         .iter()
         .map(|maker| {
             let image = maker.make();
@@ -514,7 +578,8 @@ fn fuzz_metadata() {
             for path in image.blocks.keys() {
                 let field = image.inodes[path] - at(image.layout.metadata.start) + 16;
                 let block = u32::from_le_bytes(*metadata[field..].first_chunk().unwrap());
-                let block = block + u32::try_from(moved).unwrap();
+                // 0: all its names are inline.
+                let block = if block == 0 { 0 } else { block + u32::try_from(moved).unwrap() };
                 metadata[field..field + 4].copy_from_slice(&block.to_le_bytes());
             }
             metadata

@@ -3,7 +3,7 @@
 //! ```text
 //! 0      superblock at 1024
 //! head   file data, each file from a block on
-//! then   inodes (64 bytes, xattrs, symlink target; aligned to 64), then directory blocks
+//! then   inodes (64 bytes, xattrs, symlink target or last names; aligned to 64), then full directory blocks
 //! tail   nothing
 //! ```
 
@@ -95,7 +95,7 @@ pub(crate) struct Image {
     pub(crate) layout: Layout,
     /// Where each inode begins, by path (`fs`, `fs/a`; the image root is empty).
     pub(crate) inodes: BTreeMap<String, usize>,
-    /// Where the blocks of each directory begin.
+    /// Where the names of each directory begin.
     pub(crate) blocks: BTreeMap<String, usize>,
 }
 
@@ -119,6 +119,8 @@ pub(crate) struct Maker {
     root: Option<Node>,
     nodes: BTreeMap<String, Node>,
     links: BTreeMap<String, String>,
+    /// All names of directories are in blocks, as in index format 1.
+    plain: bool,
 }
 
 impl Maker {
@@ -138,6 +140,12 @@ impl Maker {
 
     pub(crate) fn link(mut self, path: &str, to: &str) -> Maker {
         self.links.insert(format!("fs/{path}"), format!("fs/{to}"));
+        self
+    }
+
+    /// As index format 1 had it: no names behind inodes.
+    pub(crate) fn plain(mut self) -> Maker {
+        self.plain = true;
         self
     }
 
@@ -168,10 +176,16 @@ impl Maker {
         self.write_directories(&nodes, &mut image, metadata);
         for (path, node) in &nodes {
             let links = self.links_of(path, node, &nodes);
-            let place = image.blocks.get(path).map(|at| at / 4096).or_else(|| places.get(path).copied());
-            let size = image.sizes(path, node);
             let inode = image.inodes[path];
-            write_inode(&mut image.bytes[inode..inode_end], node, place, size, links);
+            let mut place = places.get(path).copied();
+            let (mut size, mut inline) = (node.content.len(), node.kind() == 7);
+            if node.is_dir() {
+                size = self.names_of(path, &nodes, &image, metadata).len();
+                inline = !self.plain && is_inline(inode, node, size);
+                let has_blocks = !inline || size > 4096;
+                place = Some(if has_blocks { image.blocks[path] / 4096 } else { 0 });
+            }
+            write_inode(&mut image.bytes[inode..inode_end], node, place, size, links, inline);
             let number = u32::try_from((inode - metadata) / 32).unwrap();
             image.bytes[inode + 20..inode + 24].copy_from_slice(&number.to_le_bytes());
         }
@@ -207,37 +221,60 @@ impl Maker {
 
     fn place_inodes(&self, nodes: &BTreeMap<String, Node>, image: &mut Image) {
         // The first slot stays empty: an inode number of 0 is no number for a reader of directories.
-        let mut end = image.bytes.len() + 64;
+        let metadata = image.bytes.len();
+        let mut end = metadata + 64;
         for path in self.order(nodes) {
             let node = &nodes[&path];
-            let mut length = 64 + xattr_bytes(node).len();
-            if node.kind() == 7 {
-                if (end + length) / 4096 != (end + length + node.content.len() - 1) / 4096 {
-                    end = ((end + length).next_multiple_of(4096) - length).next_multiple_of(64);
-                }
-                length += node.content.len();
-            }
-            image.inodes.insert(path, end);
-            end = (end + length).next_multiple_of(64);
+            let body = 64 + xattr_bytes(node).len();
+            let inline = match node.kind() {
+                7 => node.content.len(),
+                2 if !self.plain => self.names_of(&path, nodes, image, metadata).len() % 4096,
+                _ => 0,
+            };
+            let moved = ((end + body).next_multiple_of(4096) - body).next_multiple_of(64);
+            let crosses = |at: usize| inline > 0 && (at + body) / 4096 != (at + body + inline - 1) / 4096;
+            let (at, length) = match (crosses(end), crosses(moved)) {
+                (false, _) => (end, body + inline),
+                (true, false) => (moved, body + inline),
+                (true, true) => (end, body),
+            };
+            image.inodes.insert(path, at);
+            end = (at + length).next_multiple_of(64);
         }
         image.bytes.resize(end, 0);
     }
 
+    /// A directory's names as they are in blocks; of inodes that have no place yet the number is 0.
+    fn names_of(
+        &self,
+        path: &str,
+        nodes: &BTreeMap<String, Node>,
+        image: &Image,
+        metadata: usize,
+    ) -> Vec<u8> {
+        let nid = |path: &str| image.inodes.get(path).map_or(0, |at| ((at - metadata) / 32) as u64);
+        let mut entries = vec![(b".".to_vec(), nid(path), 2), (b"..".to_vec(), nid(parent_of(path)), 2)];
+        let all = nodes.keys().map(|path| (path, path)).chain(&self.links);
+        for (name, to) in all.filter(|(name, _)| !name.is_empty() && parent_of(name) == path) {
+            let name = name.rsplit('/').next().unwrap().as_bytes().to_vec();
+            entries.push((name, nid(to), nodes[to].kind()));
+        }
+        entries.sort();
+        let mut bytes = Vec::new();
+        write_entries(&mut bytes, &entries);
+        bytes
+    }
+
     fn write_directories(&self, nodes: &BTreeMap<String, Node>, image: &mut Image, metadata: usize) {
-        let nid = |path: &str, image: &Image| ((image.inodes[path] - metadata) / 32) as u64;
         for path in self.order(nodes).iter().filter(|path| nodes[*path].is_dir()) {
-            let parent = parent_of(path);
-            let mut entries =
-                vec![(b".".to_vec(), nid(path, image), 2), (b"..".to_vec(), nid(parent, image), 2)];
-            let all = nodes.keys().map(|path| (path, path)).chain(&self.links);
-            for (name, to) in all.filter(|(name, _)| !name.is_empty() && parent_of(name) == path) {
-                let name = name.rsplit('/').next().unwrap().as_bytes().to_vec();
-                entries.push((name, nid(to, image), nodes[to].kind()));
-            }
-            entries.sort();
-            image.blocks.insert(path.clone(), image.bytes.len());
-            let size = write_entries(&mut image.bytes, &entries);
-            image.inodes.insert(format!("size of {path}"), size);
+            let (inode, node) = (image.inodes[path], &nodes[path]);
+            let names = self.names_of(path, nodes, image, metadata);
+            let behind = inode + 64 + xattr_bytes(node).len();
+            let inline = !self.plain && is_inline(inode, node, names.len());
+            let (blocks, last) = names.split_at(if inline { names.len() / 4096 * 4096 } else { names.len() });
+            image.blocks.insert(path.clone(), if blocks.is_empty() { behind } else { image.bytes.len() });
+            image.bytes[behind..behind + last.len()].copy_from_slice(last);
+            image.bytes.extend(blocks);
             pad(&mut image.bytes, 4096);
         }
     }
@@ -253,13 +290,10 @@ impl Maker {
     }
 }
 
-impl Image {
-    fn sizes(&self, path: &str, node: &Node) -> usize {
-        match self.inodes.get(&format!("size of {path}")) {
-            Some(size) => *size,
-            None => node.content.len(),
-        }
-    }
+/// Whether what a directory of this size has behind its full blocks stands behind its inode.
+fn is_inline(inode: usize, node: &Node, size: usize) -> bool {
+    let (behind, last) = (inode + 64 + xattr_bytes(node).len(), size % 4096);
+    last > 0 && behind / 4096 == (behind + last - 1) / 4096
 }
 
 fn parent_of(path: &str) -> &str {
@@ -270,9 +304,8 @@ fn pad(bytes: &mut Vec<u8>, unit: usize) {
     bytes.resize(bytes.len().next_multiple_of(unit), 0);
 }
 
-/// Blocks of names; the size of the directory.
-fn write_entries(bytes: &mut Vec<u8>, entries: &[(Vec<u8>, u64, u8)]) -> usize {
-    let begin = bytes.len();
+/// Blocks of names, the last one without what pads it.
+fn write_entries(bytes: &mut Vec<u8>, entries: &[(Vec<u8>, u64, u8)]) {
     let mut rest = entries;
     loop {
         let mut used = 0;
@@ -290,7 +323,7 @@ fn write_entries(bytes: &mut Vec<u8>, entries: &[(Vec<u8>, u64, u8)]) -> usize {
         }
         now.iter().for_each(|(name, ..)| bytes.extend(name));
         if later.is_empty() {
-            return bytes.len() - begin;
+            return;
         }
         pad(bytes, 4096);
         rest = later;
@@ -311,11 +344,10 @@ fn xattr_bytes(node: &Node) -> Vec<u8> {
     bytes
 }
 
-fn write_inode(bytes: &mut [u8], node: &Node, place: Option<usize>, size: usize, links: usize) {
+fn write_inode(bytes: &mut [u8], node: &Node, place: Option<usize>, size: usize, links: usize, inline: bool) {
     let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
     let xattrs = xattr_bytes(node);
     let count = if xattrs.is_empty() { 0 } else { (xattrs.len() - 12) / 4 + 1 };
-    let inline = node.kind() == 7;
     put(0, &(1 | if inline { 2_u16 << 1 } else { 0 }).to_le_bytes());
     put(2, &u16::try_from(count).unwrap().to_le_bytes());
     put(4, &node.mode.to_le_bytes());
@@ -327,7 +359,7 @@ fn write_inode(bytes: &mut [u8], node: &Node, place: Option<usize>, size: usize,
     put(40, &node.mtime.1.to_le_bytes());
     put(44, &u32::try_from(links).unwrap().to_le_bytes());
     put(64, &xattrs);
-    if inline {
+    if node.kind() == 7 {
         put(64 + xattrs.len(), &node.content);
     }
 }

@@ -1,4 +1,4 @@
-//! The blocks of a directory: sorted names.
+//! The names of a directory, sorted, in blocks; what is behind the full ones may stand inline, behind the inode.
 //!
 //! ```text
 //! a block: entries of 12 bytes, then their names in the same order, then zeros
@@ -33,9 +33,9 @@ pub(super) fn each(
 ) -> Result<(), CheckError> {
     let mut last = Vec::new();
     for number in 0..directory.size.div_ceil(BLOCK) {
-        let at = directory.start() + number * BLOCK;
-        let used = (directory.size - number * BLOCK).min(BLOCK);
-        block(window.bytes(at..at + BLOCK)?, at, used, &mut |entry| {
+        let place = directory.names_at(number);
+        let (at, used) = (place.start, (directory.size - number * BLOCK).min(BLOCK));
+        block(window.bytes(place)?, at, used, &mut |entry| {
             let sorted = last.is_empty() || last.as_slice() < entry.name;
             require(sorted, Part::Directory, at, "names are sorted and distinct")?;
             last.clear();
@@ -55,10 +55,10 @@ pub(super) fn find(
     let (mut low, mut high) = (0, directory.size.div_ceil(BLOCK));
     while low < high {
         let middle = low + (high - low) / 2;
-        let at = directory.start() + middle * BLOCK;
-        let used = (directory.size - middle * BLOCK).min(BLOCK);
+        let place = directory.names_at(middle);
+        let (at, used) = (place.start, (directory.size - middle * BLOCK).min(BLOCK));
         let (mut found, mut first, mut last) = (None, None, None);
-        block(window.bytes(at..at + BLOCK)?, at, used, &mut |entry| {
+        block(window.bytes(place)?, at, used, &mut |entry| {
             let order = entry.name.cmp(name);
             found = found.or(order.is_eq().then_some(entry.nid));
             first = first.or(Some(order));

@@ -221,8 +221,9 @@ impl<R: ReadAt> Metadata<R> {
         if inode.kind != Kind::Symlink {
             return Ok(Vec::new());
         }
-        let target = window.bytes(inode.target())?;
-        require(!target.contains(&0), Part::Symlink, inode.target().start, "a target without NUL")?;
+        let place = inode.inline_range();
+        let target = window.bytes(place.clone())?;
+        require(!target.contains(&0), Part::Symlink, place.start, "a target without NUL")?;
         Ok(target.to_vec())
     }
 

@@ -6,7 +6,7 @@
 //! ```text
 //! superblock, at byte 1024 of the image           extended inode, 64 bytes
 //!  0 magic e2 e1 f5 e0        u32                  0 format: bit 0 extended,   u16
-//!  4 checksum, unused: 0      u32                    bits 1-3 data layout
+//!  4 checksum, unused: 0      u32                    bits 1-3 data layout: 0 plain, 2 inline
 //!  8 compatible features: 0   u32                  2 xattr count (see below)   u16
 //! 12 log2 of block size: 12    u8                  4 mode with file type       u16
 //! 13 extension slots: 0        u8                  6 reserved                  u16
@@ -188,20 +188,33 @@ impl Inode {
     /// Size and place of what the inode holds.
     fn require_body(&self, layout: &Layout) -> Result<(), CheckError> {
         let rule = |kept, rule| require(kept, Part::Inode, self.at, rule);
-        rule(self.inline == (self.kind == Kind::Symlink), "inline data in symlinks and nowhere else")?;
-        rule(self.end() <= layout.metadata.end, "attributes and target end in the metadata")?;
+        let is_inline = match self.kind {
+            Kind::Symlink => self.inline,
+            Kind::Directory => true,
+            _ => !self.inline,
+        };
+        rule(is_inline, "inline data in symlinks and directories, and nowhere else")?;
+        rule(self.end() <= layout.metadata.end, "attributes and what is inline end in the metadata")?;
+        let inline = self.inline_range();
+        rule(
+            inline.is_empty() || inline.start / BLOCK == (inline.end - 1) / BLOCK,
+            "what is inline does not cross a block",
+        )?;
         match self.kind {
             Kind::File if self.size == 0 => rule(self.word == 0, "an empty file has no block"),
             Kind::File => rule(within(self.start(), self.size, &layout.data), "a file's data is in the data"),
             Kind::Directory => {
                 rule(self.size > 0, "a directory has entries")?;
-                rule(within(self.start(), self.size, &layout.metadata), "its blocks are in the metadata")
+                rule(!self.inline || !inline.is_empty(), "an inline directory has entries behind its inode")?;
+                if self.blocks() == 0 {
+                    return rule(self.word == 0, "a directory without blocks leads to none");
+                }
+                let blocks = self.blocks().saturating_mul(BLOCK);
+                rule(within(self.start(), blocks, &layout.metadata), "its blocks are in the metadata")
             }
             Kind::Symlink => {
                 rule(self.word == 0, "a symlink has no block")?;
-                rule((1..BLOCK).contains(&self.size), "a target has 1 to 4095 bytes")?;
-                let target = self.target();
-                rule(target.start / BLOCK == (target.end - 1) / BLOCK, "a target does not cross a block")
+                rule((1..BLOCK).contains(&self.size), "a target has 1 to 4095 bytes")
             }
             Kind::CharDevice | Kind::BlockDevice => rule(self.size == 0, "a device has no size"),
             Kind::Fifo => rule(self.size == 0 && self.word == 0, "a fifo has neither size nor device"),
@@ -218,15 +231,34 @@ impl Inode {
         self.at + INODE..self.at + INODE + self.xattrs
     }
 
-    /// Where the target of a symlink is.
-    pub(super) fn target(&self) -> Range<u64> {
+    /// Where the target of a symlink is, or what a directory has behind its full blocks; empty where nothing is inline.
+    pub(super) fn inline_range(&self) -> Range<u64> {
         let start = self.xattr_range().end;
-        start..start.saturating_add(self.size)
+        let length = match self.kind {
+            _ if !self.inline => 0,
+            Kind::Directory => self.size % BLOCK,
+            _ => self.size,
+        };
+        start..start.saturating_add(length)
+    }
+
+    /// How many blocks a directory has beside what is inline.
+    pub(super) fn blocks(&self) -> u64 {
+        if self.inline { self.size / BLOCK } else { self.size.div_ceil(BLOCK) }
+    }
+
+    /// Where the names of a directory are that stand in its block of this number, the inline ones being the last.
+    pub(super) fn names_at(&self, number: u64) -> Range<u64> {
+        if number >= self.blocks() {
+            return self.inline_range();
+        }
+        let at = self.start() + number * BLOCK;
+        at..at + BLOCK
     }
 
     /// Where the inode ends with all that stands right behind it.
     pub(super) fn end(&self) -> u64 {
-        if self.inline { self.target().end } else { self.xattr_range().end }
+        self.inline_range().end
     }
 
     /// What it is; `target` is that of a symlink.

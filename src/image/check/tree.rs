@@ -2,7 +2,7 @@
 //! directories are a tree.
 //!
 //! The writer puts inodes in the order in which they are met when the tree is walked breadth first, names in their
-//! order, and the blocks of directories in the order of their inodes. So one counter is enough to see that each inode is
+//! order, and the full blocks of directories in the order of their inodes. So one counter is enough to see that each inode is
 //! reached, that a directory has one name, and that none lies in itself: a name leads to the next inode that none has led
 //! to, or, if that is no directory, to one before.
 
@@ -71,10 +71,12 @@ impl Census {
             if inode.kind == Kind::Directory {
                 // The name in the parent and `.`; each sub-directory's `..` is taken off when it is met.
                 links = links.checked_sub(2).ok_or_else(|| refused(Part::Inode, at, "two links"))?;
-                let first = *first_block.get_or_insert(inode.start());
-                let rule = "directories lie behind each other";
-                require(inode.start() == first + blocks, Part::Inode, at, rule)?;
-                blocks += inode.size.next_multiple_of(BLOCK);
+                if inode.blocks() > 0 {
+                    let first = *first_block.get_or_insert(inode.start());
+                    let rule = "directories lie behind each other";
+                    require(inode.start() == first + blocks, Part::Inode, at, rule)?;
+                    blocks += inode.blocks() * BLOCK;
+                }
             }
             let slot = u32::try_from((at - region.start) / INODE)
                 .map_err(|_| refused(Part::Layout, at, "metadata within the limit"))?;
@@ -84,7 +86,8 @@ impl Census {
         }
         let first = end.next_multiple_of(BLOCK);
         require_zeros(&mut window, end, first)?;
-        require(first_block == Some(first), Part::Padding, end, "directories begin behind the inodes")?;
+        let is_behind = first_block.is_none_or(|block| block == first);
+        require(is_behind, Part::Padding, end, "directories begin behind the inodes")?;
         require(first + blocks == region.end, Part::Padding, first + blocks, "directories end the metadata")?;
         Ok(Census { seen, reached: 1 })
     }
@@ -110,7 +113,7 @@ impl Census {
                 dots += u32::from(entry.name == b"." || entry.name == b"..");
                 self.follow(index, &directory, &entry)
             })?;
-            require(dots == 2, Part::Directory, directory.start(), "`.` and `..` are there")?;
+            require(dots == 2, Part::Directory, at, "`.` and `..` are there")?;
         }
         for seen in &self.seen {
             let at = region.start + u64::from(seen.slot) * INODE;
@@ -120,10 +123,10 @@ impl Census {
     }
 
     fn follow(&mut self, index: usize, directory: &Inode, entry: &Entry<'_>) -> Result<(), CheckError> {
-        let rule = |kept, rule| require(kept, Part::Directory, directory.start(), rule);
+        let rule = |kept, rule| require(kept, Part::Directory, directory.at, rule);
         let child = self.index_of(entry.nid);
         let child =
-            child.ok_or_else(|| refused(Part::Directory, directory.start(), "a name leads to an inode"))?;
+            child.ok_or_else(|| refused(Part::Directory, directory.at, "a name leads to an inode"))?;
         rule(entry.kind == self.seen[child].kind.in_directory(), "the type is that of the inode")?;
         match entry.name {
             b"." => return rule(child == index, "`.` is the directory itself"),
@@ -158,12 +161,12 @@ impl Census {
     }
 }
 
-/// Where an inode goes if the one before ended at `end`: right there, but for a symlink whose target would cross a
-/// block.
+/// Where an inode goes if the one before ended at `end`: right there, but where what is inline would cross a block.
 fn place(inode: &Inode, end: u64) -> u64 {
-    let body = inode.target().start - inode.at;
-    let crosses = (end + body) / BLOCK != (end + body + inode.size).saturating_sub(1) / BLOCK;
-    if inode.kind != Kind::Symlink || !crosses {
+    let inline = inode.inline_range();
+    let (body, length) = (inline.start - inode.at, inline.end - inline.start);
+    let crosses = length > 0 && (end + body) / BLOCK != (end + body + length - 1) / BLOCK;
+    if !crosses {
         return end;
     }
     ((end + body).next_multiple_of(BLOCK) - body).next_multiple_of(INODE)

@@ -11,9 +11,11 @@ use super::support::digest;
 use crate::fuzz;
 
 /// An index that was written once and must be read for ever.
-const GOLDEN: &[u8] = include_bytes!("index-1.bin");
+const GOLDEN: &[u8] = include_bytes!("index-2.bin");
 /// `b3sum` of that file.
-const GOLDEN_DIGEST: &str = "f871ff59fb22c8f7270a3148b465aedbedc52f64addad6cd3b76916df17e30f3";
+const GOLDEN_DIGEST: &str = "eda1563f51d83a8843848dd7aead872adcc6fe97854fec37f9d61bb53f502e48";
+/// One of the version before, which stores still hold.
+const FIRST: &[u8] = include_bytes!("index-1.bin");
 
 const MIB: u64 = 1 << 20;
 const METADATA: u64 = RESERVED + 5 * MIB;
@@ -72,6 +74,18 @@ fn the_stored_index_is_read_and_written_as_ever() {
     assert_eq!(read.facts(), &facts());
 }
 
+/// It says the same, and keeps its bytes, hence its digest, which refs name.
+#[test]
+fn an_index_of_the_first_version_is_read_and_stays_what_it_is() {
+    let read = decode(FIRST).unwrap();
+    assert_eq!(read.facts(), &facts());
+    assert_eq!(read.chunks().collect::<Vec<_>>(), chunks());
+    assert_eq!(read.encode(), FIRST);
+    let digest = "f871ff59fb22c8f7270a3148b465aedbedc52f64addad6cd3b76916df17e30f3";
+    assert_eq!(IndexDigest::of(FIRST).to_string(), digest);
+    assert_eq!(&FIRST[2..], &GOLDEN[2..], "only the version differs");
+}
+
 #[test]
 fn chunks_are_told_apart_by_what_they_hold() {
     let index = golden();
@@ -95,12 +109,12 @@ fn a_layer_without_data_has_an_index() {
 
 #[test]
 fn another_version_is_an_error_of_its_own() {
-    for found in [0_u8, 2, 100] {
+    for found in [0_u8, 3, 100] {
         let newer = [&[0x08, found], &GOLDEN[2..]].concat();
         assert_eq!(decode(&newer), Err(IndexError::UnknownFormat { found: found.into() }));
     }
     // Whatever else is in it.
-    assert_eq!(decode(&[0x08, 2, 0xff, 0xff]), Err(IndexError::UnknownFormat { found: 2 }));
+    assert_eq!(decode(&[0x08, 3, 0xff, 0xff]), Err(IndexError::UnknownFormat { found: 3 }));
     for none in [&b""[..], b"\x08", b"\x0a\x01a", b"{}", &[0x08; 1], &[0x08, 0x80, 0x80]] {
         assert!(matches!(decode(none), Err(IndexError::Malformed(_))), "{none:?}");
     }
@@ -202,6 +216,7 @@ fn an_image_that_cannot_have_an_index_is_refused() {
 fn fuzz_index() {
     let corpus = [
         GOLDEN.to_vec(),
+        FIRST.to_vec(),
         changed(|m| m.attributes.clear()),
         changed(|m| (m.root_uid, m.root_gid) = (0, 0)),
         changed(|m| m.skips[5] = u32::MAX),
@@ -225,7 +240,7 @@ fn fuzz_index() {
 #[test]
 #[ignore = "writes the golden file, for a new version of the format"]
 fn write_golden() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/content/index-1.bin");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/content/index-2.bin");
     std::fs::write(path, golden().encode()).unwrap();
     println!("{}", IndexDigest::of(&golden().encode()));
 }
