@@ -73,6 +73,8 @@ pub struct Cold {
     /// Checked, not in the file yet.
     memory: Mutex<HashMap<usize, Bytes>>,
     ahead: Mutex<Ahead>,
+    /// Those that a trace has fetched: whoever reads one of them is expected to go the trace's way, and not forward.
+    foretold: Bits,
     moved: Notify,
     supply: Supply,
     gate: Arc<Gate>,
@@ -161,6 +163,7 @@ impl Cold {
             earlier,
             memory: Mutex::default(),
             ahead: Mutex::default(),
+            foretold: Bits::new(chunks),
             moved: Notify::new(),
             supply,
             gate,
@@ -402,6 +405,17 @@ impl Cold {
             .await
     }
 
+    /// These chunks are going to be prefetched. Until that is over, which [`Cold::nothing_is_foretold`] tells, a read of one of them that is
+    /// not here yet has nothing else fetched ahead: on a thin link that would take the place of what is foretold.
+    pub fn foretell(&self, at: usize) {
+        self.foretold.set(at);
+    }
+
+    /// Readers are on their own again.
+    pub fn nothing_is_foretold(&self) {
+        self.foretold.clear_all();
+    }
+
     /// Has a chunk ready for readers that will want it; how many bytes of it were not here. Whoever reads goes first.
     pub async fn prefetch(self: &Arc<Self>, at: usize) -> Result<u32, LayerError> {
         if self.memory.lock().contains_key(&at) {
@@ -448,7 +462,8 @@ impl Cold {
 
     /// What a reader will want next is fetched before the rest.
     fn follow(&self, read: &Range<usize>, was_here: bool) {
-        if self.is_complete() {
+        let is_foretold = || read.clone().all(|at| self.foretold.has(at));
+        if self.is_complete() || !was_here && is_foretold() {
             return;
         }
         let goes_on = || read.start == 0 || self.has(read.start - 1);

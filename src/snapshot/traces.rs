@@ -356,7 +356,9 @@ impl Traces {
         }
         let (count, began) = (wanted.len(), Instant::now());
         self.say(chain, format!("{count} chunks, from {} starts, are being fetched first", known.starts));
+        wanted.iter().for_each(|(cold, at)| cold.foretell(*at));
         let bytes = self.fetch(wanted).await;
+        colds.values().for_each(|cold| cold.nothing_is_foretold());
         self.say(
             chain,
             format!(
