@@ -58,6 +58,11 @@ publish_names() {
 publish_behind_link() {
     local name
     for name in "$@"; do step "Make and push $name" push_image "$name"; done
+    publish_pushed "$@"
+}
+
+# publish_pushed NAME...: the same for images that are in the registry.
+publish_pushed() {
     step "Start the store ($STORE)" start_store
     ENDPOINT=${AWS_ENDPOINT_URL#http://}
     start_link -registry "127.0.0.1:0=$REGISTRY" -listen "127.0.0.1:0=$ENDPOINT"
@@ -135,7 +140,8 @@ run_until_ready() {
     printf '%d' "$((end - start))"
 }
 
-# peak_memory: of this node's Speedy since it started, in MB.
+# resident_memory: of this node's Speedy now, in MB. peak_memory: at most since it started.
+resident_memory() { awk '$1 == "VmRSS:" { printf "%d", $2 / 1000 }' "/proc/$(daemon_pid "$(node_daemon speedy)")/status"; }
 peak_memory() { awk '$1 == "VmHWM:" { printf "%d", $2 / 1000 }' "/proc/$(daemon_pid "$(node_daemon speedy)")/status"; }
 
 # start_store: one that keeps everything in memory, as a store elsewhere would not need this machine's disk. STORE is ceph, a cluster that shares

@@ -13,7 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::ContentError;
 use crate::chunk::{BLOCK, ChunkRef, chunker};
-use crate::image::{self, Layout};
+use crate::image::{self, Form, Layout};
 
 /// The bytes of one permit.
 pub(super) const PERMIT: u32 = BLOCK;
@@ -35,9 +35,10 @@ pub(super) struct Piece {
     _memory: OwnedSemaphorePermit,
 }
 
-/// Reads the whole image and hands its pieces over in order; ends early, and well, when nobody takes them any more.
-pub(super) fn read(source: &Source, pieces: &mpsc::Sender<Piece>) -> Result<(), ContentError> {
+/// Reads the whole image and hands its pieces over in order; ends early, and well, when nobody takes them any more. What form it has.
+pub(super) fn read(source: &Source, pieces: &mpsc::Sender<Piece>) -> Result<Form, ContentError> {
     check(source)?;
+    let form = Form::of_image(&source.image, &source.layout).map_err(ContentError::Image)?;
     let Layout { data, metadata, .. } = &source.layout;
     let parts = [0..image::BLOCK, data.clone(), metadata.clone()];
     let mut cutter = chunker::cut_regions(&source.image, &parts);
@@ -50,7 +51,7 @@ pub(super) fn read(source: &Source, pieces: &mpsc::Sender<Piece>) -> Result<(), 
             break;
         }
     }
-    Ok(())
+    Ok(form)
 }
 
 /// Whether the file is the image of this layout: what is published under these facts can be mounted by them.

@@ -4,9 +4,9 @@
 //! only be made by [`LayerIndex::new`] and [`LayerIndex::decode`], which check the same things, so whoever holds one may use its
 //! numbers without looking at them again.
 //!
-//! **Format.** Version 2; version 1, which is read as well, is the same for images that have the names of all directories in blocks
-//! of their own ([`crate::image`]). Canonical protobuf: the bytes are exactly those that [`LayerIndex::encode`] writes, everything else is
-//! refused, so that one layer has one index and one digest. The digest of an index is the BLAKE3-256 of its bytes and the name
+//! **Format.** Version 2 for images of the form [`Form::Inline`], and version 1, otherwise the same, for those of [`Form::Blocks`]: who knows
+//! only that could not mount the others. Canonical protobuf: the bytes are exactly those that [`LayerIndex::encode`] writes, everything else is
+//! refused, so that one image has one index and one digest. The digest of an index is the BLAKE3-256 of its bytes and the name
 //! of its object.
 //!
 //! ```text
@@ -29,11 +29,11 @@ use prost::Message;
 
 use super::{digest_of, raw};
 use crate::chunk::{self, ChunkId, ChunkRef};
-use crate::image::{BLOCK, Facts, Layout, RESERVED};
+use crate::image::{BLOCK, Facts, Form, Layout, RESERVED};
 use crate::oci::DiffId;
 use crate::proto::speedy::v1 as wire;
 
-/// The version that is written. What was written before is read as well.
+/// The newest version that is known. The one before is read as well, and written for images of that form.
 pub const FORMAT: u32 = 2;
 
 /// The smallest inode that EROFS has, in bytes.
@@ -160,9 +160,10 @@ impl fmt::Debug for LayerIndex {
 }
 
 impl LayerIndex {
-    /// The index of an image with these facts, which is cut so: the offset of each chunk in bytes, in order.
+    /// The index of an image of this form with these facts, which is cut so: the offset of each chunk in bytes, in order.
     pub fn new(
         facts: &Facts,
+        form: Form,
         chunks: impl IntoIterator<Item = (u64, ChunkRef)>,
     ) -> Result<LayerIndex, IndexError> {
         let limits = Limits::default();
@@ -174,7 +175,10 @@ impl LayerIndex {
             }
             building.add(offset / BLOCK, chunk.length / chunk::BLOCK, chunk.id)?;
         }
-        building.finish(FORMAT)
+        building.finish(match form {
+            Form::Blocks => 1,
+            Form::Inline => FORMAT,
+        })
     }
 
     /// The index that these bytes are.

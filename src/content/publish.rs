@@ -10,8 +10,8 @@
 //! * At most [`super::Options::in_flight`] plain bytes are in memory at once, and their stored forms.
 //!
 //! **When it fails.** Dropped or killed at any point it leaves chunks that no ref names, which is harmless: repeated, it finds
-//! them there and goes on behind them. Two publishers of one layer write the same chunks and the same index, and each its own
-//! ref.
+//! them there and goes on behind them. Two publishers of one layer write the same chunks and the same index, if their images are of one
+//! [`Form`], and each its own ref.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -29,7 +29,7 @@ use super::notice::SETTLED;
 use super::{CLOCKS_DIFFER, ContentError, ContentStore, LONGEST_LOOK, reference};
 use crate::chunk::store::ChunkSink;
 use crate::chunk::{ChunkError, ChunkId, ChunkRef, MAX_CHUNK};
-use crate::image::{BLOCK, Facts, Layout};
+use crate::image::{BLOCK, Facts, Form, Layout};
 use crate::object::{Objects, layout};
 use crate::oci::ChainId;
 
@@ -113,6 +113,7 @@ impl Table {
 
 /// What came of bringing all chunks into the store.
 struct Pass {
+    form: Form,
     chunks: Vec<(u64, ChunkRef)>,
     published: Published,
     /// When the oldest chunk was written that was left as it was.
@@ -199,8 +200,8 @@ impl ContentStore {
             // What was told before is not told again.
             let silent = |_: Progress| ();
             let told: &(dyn Fn(Progress) + Sync) = if first.is_none() { progress } else { &silent };
-            let Pass { chunks, published, oldest } = self.publish_chunks(request, told).await?;
-            let index = LayerIndex::new(request.facts, chunks)?;
+            let Pass { form, chunks, published, oldest } = self.publish_chunks(request, told).await?;
+            let index = LayerIndex::new(request.facts, form, chunks)?;
             let bytes = index.encode();
             let digest = IndexDigest::of(&bytes);
             let so_far = first.map_or(published, |before| before.and_then(&published));
@@ -303,9 +304,9 @@ impl ContentStore {
             }
         }
         // Without its word the pieces may have ended too early.
-        reader.await.map_err(lost)??;
+        let form = reader.await.map_err(lost)??;
         progress(Progress { done: tally.progress.total, ..tally.progress });
-        Ok(Pass { chunks: table.chunks, published: tally.published, oldest: tally.oldest })
+        Ok(Pass { form, chunks: table.chunks, published: tally.published, oldest: tally.oldest })
     }
 
     async fn publish_ref(&self, chain: &ChainId, index: IndexDigest) -> Result<(), ContentError> {

@@ -1,7 +1,7 @@
 //! Whether the kernel may be shown a layer image whose bytes came from a store.
 //!
 //! **What.** The kernel parses an image's metadata with all its rights, so this parser reads it first and accepts
-//! exactly what our own writer makes: anything else is refused, valid EROFS or not. [`check`] reads the whole metadata
+//! only what our own writer makes or made, in either [`super::Form`]: anything else is refused, valid EROFS or not. [`check`] reads the whole metadata
 //! once; [`Metadata`] answers single questions about an image (what is at this path, which attributes has it) without
 //! mounting it, and believes nothing of what it touches either.
 //!
@@ -29,8 +29,8 @@
 //!   metacopy, nothing else that would make the kernel look elsewhere. No ACLs.
 //!
 //! **When it fails.** [`CheckError::Refused`] names the rule and the place: the image is not ours or was damaged, and
-//! must not be mounted. Memory: 16 bytes per inode and a window of 256 KiB; time: one pass over the inodes, one over the
-//! directories.
+//! must not be mounted. Memory: 16 bytes per inode and two windows of 256 KiB; time: two passes over the inodes with what is inline,
+//! one over the blocks of directories.
 
 mod directory;
 mod reader;

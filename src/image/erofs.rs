@@ -82,8 +82,13 @@ struct Plan {
 }
 
 /// Where the image root and the layer's root begin: behind the image root's inode are the entries `.`, `..` and `fs`.
-const IMAGE_ROOT: u64 = INODE;
+pub(super) const IMAGE_ROOT: u64 = INODE;
 const LAYER_ROOT_PLACE: u64 = IMAGE_ROOT + 2 * INODE;
+
+/// Whether an inode that begins with these bytes has something behind it.
+pub(super) fn is_inline(format: [u8; 2]) -> bool {
+    u16::from_le_bytes(format) >> 1 & 7 == 2
+}
 
 /// Whether `length` bytes from `at` on, in bytes from a block boundary, are in more blocks than one.
 fn crosses(at: u64, length: u64) -> bool {

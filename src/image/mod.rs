@@ -18,7 +18,7 @@
 //!
 //! **Invariants.**
 //! * **I1** The image of a layer is a function of its diff ID and, where [`Facts::attributes`] is set, of that. Whoever makes it,
-//!   wherever, gets the same bytes.
+//!   wherever, with a version of Speedy that makes images of the same [`Form`], gets the same bytes.
 //! * **I2** No byte of a layer lies in the first or last [`RESERVED`] bytes, where the host looks for signatures.
 //! * **I3** What a layer's files are is what containerd's own applier makes of it; see [`tar`] and `tree`.
 //! * **I4** Memory does not grow with the data of a layer, and with its files only up to [`Limits::metadata`].
@@ -84,6 +84,24 @@ impl Layout {
             read => read?,
         }
         erofs::layout(&block, size).ok_or_else(no_image)
+    }
+}
+
+/// Where the names of directories stand in a layer image. One layer has one image of each form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// All in blocks, behind all inodes. Read, and not made any more.
+    Blocks,
+    /// Behind the directory's inode, as far as they do not fill blocks.
+    Inline,
+}
+
+impl Form {
+    /// That of an image of this layout.
+    pub fn of_image(image: &File, layout: &Layout) -> io::Result<Form> {
+        let mut root = [0; 2];
+        image.read_exact_at(&mut root, layout.metadata.start + erofs::IMAGE_ROOT)?;
+        Ok(if erofs::is_inline(root) { Form::Inline } else { Form::Blocks })
     }
 }
 

@@ -166,7 +166,9 @@ impl Applier {
                 {
                     tracing::warn!(%blob, %source, "no layer image can be made; its files are written instead");
                 }
-                made => return made,
+                Ok(None) => {}
+                Ok(Some(made)) => return Ok(made),
+                Err(error) => return Err(error),
             }
         }
         self.write_files(job).await
@@ -213,15 +215,19 @@ impl Applier {
         Ok(Applied { diff_id: facts.diff_id.clone(), tar_size: facts.tar_size, how: How::Known })
     }
 
-    async fn make_image(&self, job: &Job, layers: &Arc<Layers>) -> Result<Applied, SnapshotError> {
+    /// `None` if what is recorded of the layer is an image of another form.
+    async fn make_image(&self, job: &Job, layers: &Arc<Layers>) -> Result<Option<Applied>, SnapshotError> {
         let ids = self.meta.reserve(1).await?;
         let Some(id) = ids.first().copied() else { return Err(SnapshotError::ShuttingDown) };
         let made = self.try_make_image(job, layers, id).await;
-        let used = made.as_ref().is_ok_and(|(_, layer)| layer.id == id);
+        let is_used = |made: &Option<(Applied, Arc<LayerRecord>)>| {
+            made.as_ref().is_some_and(|(_, layer)| layer.id == id)
+        };
+        let used = made.as_ref().is_ok_and(is_used);
         if !used {
             self.meta.give_up(id).await;
         }
-        made.map(|(applied, _)| applied)
+        Ok(made?.map(|(applied, _)| applied))
     }
 
     async fn try_make_image(
@@ -229,7 +235,7 @@ impl Applier {
         job: &Job,
         layers: &Arc<Layers>,
         id: Id,
-    ) -> Result<(Applied, Arc<LayerRecord>), SnapshotError> {
+    ) -> Result<Option<(Applied, Arc<LayerRecord>)>, SnapshotError> {
         let cancel = CancellationToken::new();
         let _end = cancel.clone().drop_guard();
         let (below, store) = (self.below(&job.stack), Arc::clone(&layers.store));
@@ -248,6 +254,19 @@ impl Applier {
         })
         .await?;
         let (diff_id, tar_size) = (facts.diff_id.clone(), facts.tar_size);
+        let is_lost = |layer: &LayerRecord| {
+            layer.progress == Progress::Complete && !layers.store.is_complete(layer.id.serial)
+        };
+        if let Some(known) = self.meta.layer_of(&facts, Origin::Applied)
+            && known.facts.layout != facts.layout
+            && is_lost(&known)
+        {
+            tracing::warn!(
+                serial = known.id.serial,
+                "the file of a layer image that an older version made is missing, and this one would make another: files are written instead"
+            );
+            return Ok(None);
+        }
         let new = NewLayer {
             id,
             facts,
@@ -258,8 +277,7 @@ impl Applier {
             now: Timestamp::now(),
         };
         let layer = self.meta.applied(job.record.info.name.clone(), LayerChoice::New(new)).await?;
-        let is_lost = layer.progress == Progress::Complete && !layers.store.is_complete(layer.id.serial);
-        if layer.id != id && is_lost {
+        if layer.id != id && is_lost(&layer) {
             tracing::warn!(
                 serial = layer.id.serial,
                 "the file of a layer image was missing; it is here again"
@@ -274,7 +292,7 @@ impl Applier {
                 tracing::warn!(serial = id.serial, %error, "a mark that a layer image is new stays");
             }
         }
-        Ok((Applied { diff_id, tar_size, how: How::Image }, layer))
+        Ok(Some((Applied { diff_id, tar_size, how: How::Image }, layer)))
     }
 
     async fn write_files(&self, job: Job) -> Result<Applied, SnapshotError> {

@@ -6,7 +6,7 @@
 NAME is tiny, pause, eight, deep (128 layers), or one of those about layers: more (eight's and one more), aba (a layer, another,
 the first one again), empties (the empty layer five times), large (one layer with 96 MiB of noise), plain, docker, zstd, encrypted
 (eight's layers as other media types; encrypted is: each byte with 0x5A). deep-N is like deep, fresh-N has
-two layers of noise; both share only their first layer with others.
+two layers of noise, wide-N 50,000 files, a fifth of them not empty; they share only their first layer with others.
 
 Every tar entry is written here, so that the tests know exactly what a container must see. What that
 is goes to EXPECTED/NAME.txt, in the form that the image's own /bin/listing prints. Only the standard
@@ -336,6 +336,18 @@ def fresh(which=""):
         yield layer
 
 
+def wide(which=""):
+    yield base_layer("wide\n")
+    noise = random.Random(which)
+    layer = Layer()
+    for directory in range(500):
+        layer.dir(f"wide/{directory:03}")
+        for number in range(100):
+            content = "" if number % 5 else noise.randbytes(500)
+            layer.file(f"wide/{directory:03}/a-file-with-a-name-{number:02}", content)
+    yield layer
+
+
 WAIT = ["/bin/sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 1000 & wait $!; done"]
 IMAGES = {
     "tiny": (lambda: [base_layer("hello from tiny\n")], ["/bin/cat", "/data/hello"]),
@@ -347,6 +359,7 @@ IMAGES = {
     "empties": (empties, ["/bin/listing"]),
     "large": (large, ["/bin/listing"]),
     "fresh": (fresh, ["/bin/listing"]),
+    "wide": (wide, ["/bin/true"]),
     "plain": (eight, ["/bin/listing"]),
     "docker": (eight, ["/bin/listing"]),
     "zstd": (eight, ["/bin/listing"]),

@@ -76,3 +76,27 @@ fn a_layer_that_is_too_long_is_refused_and_leaves_an_id_to_be_freed() {
     assert!(message.ends_with("the layer has more than 50000 uncompressed bytes"), "{message}");
     assert!(!files(dir.path()).iter().any(|name| name.ends_with(".erofs") || name.ends_with(".new")));
 }
+
+/// A layer image's file is lost, and the layer is pulled again: the record is as good as it was, if it is of the image that is made now.
+#[test]
+fn a_lost_file_comes_back_only_as_what_is_recorded() {
+    let dir = tempfile::tempdir().unwrap();
+    let again = |name: &'static str| {
+        let image = files(dir.path()).into_iter().find(|name| name.ends_with(".erofs")).unwrap();
+        let image = dir.path().join("layer").join(image);
+        std::fs::remove_file(&image).unwrap();
+        let tar = Tar::of([Item::file("etc/passwd", b"root")]);
+        let applied = runtime().block_on(apply(dir.path(), name, Limits::default(), tar)).unwrap();
+        (applied.how, image.exists())
+    };
+    let tar = Tar::of([Item::file("etc/passwd", b"root")]);
+    let first = runtime().block_on(apply(dir.path(), "a", Limits::default(), tar)).unwrap();
+    assert_eq!(first.how, How::Image);
+    assert_eq!(again("b"), (How::Image, true));
+    // As if an older version had made it, whose images had more metadata.
+    let records = rusqlite::Connection::open(dir.path().join("metadata.db")).unwrap();
+    let older = "UPDATE layer SET metadata_length = metadata_length + 8192, image_size = image_size + 8192";
+    assert_eq!(records.execute(older, []).unwrap(), 1);
+    drop(records);
+    assert_eq!(again("c"), (How::Files, false));
+}

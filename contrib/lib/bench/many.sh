@@ -56,7 +56,5 @@ many_end() {
     empty_node
 }
 
-resident_memory() { awk '$1 == "VmRSS:" { printf "%d", $2 / 1000 }' "/proc/$(daemon_pid "$(node_daemon speedy)")/status"; }
-
 # kernel_memory: what the kernel takes for itself, in KiB, without what it can give back at once.
 kernel_memory() { awk '$1 ~ /^(SUnreclaim|SReclaimable|KernelStack|PageTables|Percpu):$/ { sum += $2 } END { print sum }' /proc/meminfo; }

@@ -25,9 +25,10 @@ pub(super) struct Entry<'a> {
     pub(super) name: &'a [u8],
 }
 
-/// Calls `visit` with every entry of `directory`, `.` and `..` among them, in the order of the names, which is checked.
-pub(super) fn each(
-    window: &mut Window<'_>,
+/// Calls `visit` with every entry of `directory`, `.` and `..` among them, in the order of the names, which is checked. The windows are for
+/// blocks and for what stands behind inodes, which are far from each other: one for both would be filled anew for each directory.
+pub(super) fn each<'i, 'b>(
+    (inodes, blocks): (&mut Window<'i>, &mut Window<'b>),
     directory: &Inode,
     visit: &mut dyn FnMut(Entry<'_>) -> Result<(), CheckError>,
 ) -> Result<(), CheckError> {
@@ -35,7 +36,9 @@ pub(super) fn each(
     for number in 0..directory.size.div_ceil(BLOCK) {
         let place = directory.names_at(number);
         let (at, used) = (place.start, (directory.size - number * BLOCK).min(BLOCK));
-        block(window.bytes(place)?, at, used, &mut |entry| {
+        let is_in_block = number < directory.blocks();
+        let bytes = if is_in_block { blocks.bytes(place) } else { inodes.bytes(place) }?;
+        block(bytes, at, used, &mut |entry| {
             let sorted = last.is_empty() || last.as_slice() < entry.name;
             require(sorted, Part::Directory, at, "names are sorted and distinct")?;
             last.clear();

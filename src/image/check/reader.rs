@@ -164,7 +164,7 @@ impl<R: ReadAt> Metadata<R> {
         visit(&path, &self.info(&mut window, &inode)?)?;
         // A directory that holds itself would be walked for ever.
         let mut left = self.superblock.inodes;
-        let mut stack = vec![Level { entries: self.names(&mut blocks, &inode)?, path: 0 }];
+        let mut stack = vec![Level { entries: self.names((&mut window, &mut blocks), &inode)?, path: 0 }];
         while let Some(level) = stack.last_mut() {
             path.truncate(level.path);
             let Some(entry) = level.entries.next() else {
@@ -179,7 +179,10 @@ impl<R: ReadAt> Metadata<R> {
             visit(&path, &self.info(&mut window, &inode)?)?;
             if inode.kind == Kind::Directory {
                 left = left.checked_sub(1).ok_or_else(|| refused(Part::Tree, inode.at, "a tree"))?;
-                stack.push(Level { entries: self.names(&mut blocks, &inode)?, path: path.len() });
+                stack.push(Level {
+                    entries: self.names((&mut window, &mut blocks), &inode)?,
+                    path: path.len(),
+                });
             }
         }
         Ok(())
@@ -242,9 +245,13 @@ impl<R: ReadAt> Metadata<R> {
         })
     }
 
-    fn names(&self, window: &mut Window<'_>, inode: &Inode) -> Result<std::vec::IntoIter<Owned>, CheckError> {
+    fn names<'i>(
+        &self,
+        windows: (&mut Window<'i>, &mut Window<'i>),
+        inode: &Inode,
+    ) -> Result<std::vec::IntoIter<Owned>, CheckError> {
         let mut names = Vec::new();
-        directory::each(window, inode, &mut |entry: Entry<'_>| {
+        directory::each(windows, inode, &mut |entry: Entry<'_>| {
             if entry.name != b"." && entry.name != b".." {
                 names.push(Owned { nid: entry.nid, name: entry.name.to_vec() });
             }

@@ -109,7 +109,7 @@ impl Census {
             }
             let directory = metadata.inode_at(&mut inodes, at)?;
             let mut dots = 0;
-            directory::each(&mut blocks, &directory, &mut |entry| {
+            directory::each((&mut inodes, &mut blocks), &directory, &mut |entry| {
                 dots += u32::from(entry.name == b"." || entry.name == b"..");
                 self.follow(index, &directory, &entry)
             })?;
@@ -196,7 +196,7 @@ fn require_root<R: ReadAt>(
     let plain = (root.mode, root.uid, root.gid, root.xattrs, root.mtime) == (0o755, 0, 0, 0, Time::default());
     rule(root.kind == Kind::Directory && plain, "the image root is a directory with plain attributes")?;
     let (mut names, mut fs) = (0, None);
-    directory::each(window, root, &mut |entry| {
+    directory::each((window, &mut metadata.window(BLOCK)), root, &mut |entry| {
         names += 1;
         fs = fs.or((entry.name == b"fs").then_some(entry.nid));
         Ok(())

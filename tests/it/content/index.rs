@@ -3,7 +3,7 @@
 use prost::Message;
 use speedy::chunk::{ChunkId, ChunkRef};
 use speedy::content::index::{IndexDigest, IndexError, LayerIndex, Limits};
-use speedy::image::{BLOCK, Facts, Layout, RESERVED};
+use speedy::image::{BLOCK, Facts, Form, Layout, RESERVED};
 use speedy::oci::DiffId;
 use speedy::proto::speedy::v1 as wire;
 
@@ -51,7 +51,7 @@ fn chunks() -> Vec<(u64, ChunkRef)> {
 }
 
 fn golden() -> LayerIndex {
-    LayerIndex::new(&facts(), chunks()).unwrap()
+    LayerIndex::new(&facts(), Form::Inline, chunks()).unwrap()
 }
 
 fn decode(bytes: &[u8]) -> Result<LayerIndex, IndexError> {
@@ -84,6 +84,8 @@ fn an_index_of_the_first_version_is_read_and_stays_what_it_is() {
     let digest = "f871ff59fb22c8f7270a3148b465aedbedc52f64addad6cd3b76916df17e30f3";
     assert_eq!(IndexDigest::of(FIRST).to_string(), digest);
     assert_eq!(&FIRST[2..], &GOLDEN[2..], "only the version differs");
+    // An image of that form, published again.
+    assert_eq!(LayerIndex::new(&facts(), Form::Blocks, chunks()).unwrap().encode(), FIRST);
 }
 
 #[test]
@@ -101,7 +103,7 @@ fn a_layer_without_data_has_an_index() {
     let metadata = RESERVED..RESERVED + BLOCK;
     let layout = Layout { data: RESERVED..RESERVED, metadata, size: 2 * RESERVED + BLOCK };
     let facts = Facts { attributes: None, bytes: 0, inodes: 1, tar_size: 0, layout, ..facts() };
-    let index = LayerIndex::new(&facts, [(0, chunk(0, 1)), (RESERVED, chunk(1, 1))]).unwrap();
+    let index = LayerIndex::new(&facts, Form::Inline, [(0, chunk(0, 1)), (RESERVED, chunk(1, 1))]).unwrap();
     assert_eq!(index.data_chunks().count(), 0);
     assert_eq!(index.metadata_chunks().count(), 2);
     assert_eq!(decode(&index.encode()).unwrap(), index);
@@ -197,7 +199,10 @@ fn an_index_beyond_the_limits_is_refused() {
 #[test]
 fn an_image_that_cannot_have_an_index_is_refused() {
     let refused = |chunks: &[(u64, ChunkRef)]| {
-        assert!(matches!(LayerIndex::new(&facts(), chunks.iter().copied()), Err(IndexError::Malformed(_))));
+        assert!(matches!(
+            LayerIndex::new(&facts(), Form::Inline, chunks.iter().copied()),
+            Err(IndexError::Malformed(_))
+        ));
     };
     let all = chunks();
     refused(&[]);
@@ -209,7 +214,7 @@ fn an_image_that_cannot_have_an_index_is_refused() {
     refused(&[all[0], (RESERVED, ChunkRef { length: 4095, ..all[1].1 }), all[4]]);
     refused(&[all[0], (RESERVED, ChunkRef { length: u32::MAX - 4095, ..all[1].1 }), all[4]]);
     let facts = Facts { inodes: 0, ..facts() };
-    assert!(matches!(LayerIndex::new(&facts, all), Err(IndexError::Malformed(_))));
+    assert!(matches!(LayerIndex::new(&facts, Form::Inline, all), Err(IndexError::Malformed(_))));
 }
 
 #[test]

@@ -12,10 +12,12 @@ use speedy::chunk::verified::Verified;
 use speedy::content::publish::{Progress, PublishRequest};
 use speedy::content::trust::Trust;
 use speedy::content::{ContentError, ContentStore, Lookup, Options, Parts};
+use speedy::image::Facts;
 use speedy::object::{Objects, StoreOptions, layout};
 use tokio_util::sync::CancellationToken;
 
 use super::support::{Counted, Image, chain, fetch, found, key, lookup, node};
+use crate::maker::{Maker, Node};
 use crate::support::runtime;
 
 fn own() -> Trust {
@@ -43,6 +45,27 @@ fn what_is_published_is_found_and_the_same() {
         let layout = &index.facts().layout;
         assert_eq!(index.plain_bytes(), 4096 + (8 << 20) + layout.metadata.end - layout.metadata.start);
         assert!(chunks.most_in_flight.load(Ordering::SeqCst) > 1 << 20, "uploads do not overlap");
+    });
+}
+
+/// An image that a node has from before its upgrade: who knows only that form can still use it, and published again it has the same index.
+#[test]
+fn an_image_of_the_older_form_has_an_index_of_the_older_version() {
+    runtime().block_on(async {
+        let (objects, dir) = (Objects::memory(), tempfile::tempdir().unwrap());
+        let (store, _) = node(&objects, key(1), own());
+        let maker = Maker::new().with("etc", Node::dir()).with("etc/data", Node::file(&[7; 100_000]));
+        for (format, made) in [(2, maker.make()), (1, maker.plain().make())] {
+            let path = dir.path().join(format!("form-{format}.erofs"));
+            made.write(&path);
+            let template = Image::make(dir.path(), 1, 0).facts;
+            let image = Image { path, facts: Facts { layout: made.layout, ..template }, bytes: made.bytes };
+            let name = chain(&format!("form {format}"));
+            image.publish(&store, std::slice::from_ref(&name)).await.unwrap();
+            let seen = found(&store, &name).await;
+            assert_eq!(seen.index.encode()[..2], [0x08, format]);
+            assert!(fetch(&store, &seen).await == image.bytes);
+        }
     });
 }
 
