@@ -137,7 +137,7 @@ class Tree:
                 links.setdefault(info.linkname, []).append(info.name)
                 continue
             old = self.nodes.get(info.name)
-            if not (old and stat.S_ISDIR(old[0]) and info.type == tarfile.DIRTYPE):
+            if old and not (stat.S_ISDIR(old[0]) and info.type == tarfile.DIRTYPE):
                 self.remove(info.name)
             content = info.linkname if info.type == tarfile.SYMTYPE else data
             self.nodes[info.name] = (kinds[info.type] | info.mode, info.uid, info.gid, 1, (info.devmajor, info.devminor), content)

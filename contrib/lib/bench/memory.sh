@@ -13,7 +13,7 @@ bench_memory() {
     record "daemon, MB" "before the first image" "$(on b resident_memory)"
     link_post "link?mbit=20&delay=1ms"
     step "Pull and mount them" on b mount_names "${names[@]}"
-    say "$(on b cold_layers | jq -r '"\(length) layers are read lazily; of their \(map(.bytes) | add / 1000000 | floor) MB \(map(.bytes * (100 - .percent) / 100) | add / 1000000 | floor) are not here."')"
+    say "$(on b cold_layers | jq -r '"\(length) layers are read lazily, of \(map(.inodes) | add) files; \(map(.percent) | add / length | floor) % of them is here."')"
     record "daemon, MB" "all mounted, cold" "$(on b resident_memory)"
     link_post "link?mbit=0&delay=0"
     on b filled 600

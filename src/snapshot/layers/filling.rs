@@ -16,6 +16,7 @@ use crate::layer::cold::Cold;
 use crate::snapshot::SnapshotError;
 use crate::snapshot::metastore::{LayerRecord, Progress};
 use crate::snapshot::stock::blocking;
+use crate::sys::memory;
 
 /// How often a fill is tried before whoever waits is told.
 const ATTEMPTS: u32 = 3;
@@ -59,7 +60,14 @@ impl Layers {
                 Ok(()) => {
                     self.filled.done.fetch_add(1, Ordering::Relaxed);
                     fill.state.send_replace(State::Done);
-                    self.fills.lock().remove(&serial);
+                    if self.is_last_fill(serial) {
+                        blocking(|| {
+                            memory::give_back();
+                            Ok::<(), SnapshotError>(())
+                        })
+                        .await
+                        .ok();
+                    }
                     return;
                 }
                 Err(error @ FillError::Sync(_)) => {
@@ -83,6 +91,13 @@ impl Layers {
             tokio::time::sleep(pause).await;
             pause *= 2;
         }
+    }
+
+    /// It is over; whether nothing else is being filled.
+    fn is_last_fill(&self, serial: u64) -> bool {
+        let mut fills = self.fills.lock();
+        fills.remove(&serial);
+        !fills.values().any(|fill| matches!(*fill.state.borrow(), State::Running | State::Usable))
     }
 
     fn keep_broken(&self, serial: u64) {
