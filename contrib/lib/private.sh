@@ -259,6 +259,8 @@ world_remove() {
     for mount in $(mounts_below "$W"); do
         umount "$mount" 2>/dev/null || umount -l "$mount" || true
     done
+    # Of a test that reboots a node and failed.
+    umount /proc/sys/kernel/random/boot_id 2>/dev/null || true
     # Of an attached layer image, should its mount have gone first.
     losetup -n -O NAME,BACK-FILE 2>/dev/null | awk -v top="$W/" 'index($2, top) == 1 { print $1 }' | xargs -r losetup -d 2>/dev/null || true
     for directory in $(find /sys/fs/cgroup -maxdepth 4 -type d -name "$WORLD*" 2>/dev/null | sort -r); do

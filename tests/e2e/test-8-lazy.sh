@@ -228,6 +228,71 @@ test_lazy_both_die() {
     on b ctr_remove sleeper
 }
 
+test_lazy_machine_is_rebooted() {
+    # While a container reads: every process of the node is gone, every mount and loop device, and the kernel calls itself another boot. The
+    # store is away by then. What was here serves without it, each chunk hashed again before its first use; what was not waits, and is right
+    # when the store is back (or fails after a minute: LAZY_LONG).
+    local here reader started
+    lazy_fleet 40 large pause
+    on b pull pause
+    on b layers_within 60 >/dev/null
+    on b pull large
+    on b ctr_start sleeper large
+    on b ctr_exec sleeper /bin/sh -c 'cat /data/hello && cd /data && sha256sum noise-0' >"$W/before"
+    store_fault refuse
+    on b ctr_exec sleeper /bin/sha256sum /data/noise-5 >/dev/null 2>&1 &
+    reader=$!
+    sleep 1
+    kill -0 "$reader" || fail "a read of what is not here did not wait"
+    on b node_reboots
+    wait "$reader" || true
+    through_link trusting on b start_speedy --metrics "$(on b metrics_address)" --store "$SPEEDY_STORE"
+    on b start_containerd "$CONTAINERD_VERSION"
+    wait_for 10 "containerd to find Speedy" on b speedy_is_reached
+    on b ctr containers rm sleeper >/dev/null || fail "the container of before cannot be removed"
+    here=$(milliseconds on b ctr_run --rm "$(image pause)" complete /bin/cat /data/hello)
+    printf 'a container of an image that was complete started in %d ms, without the store\n' "$here"
+    on b ctr_start again large
+    on b ctr_exec again /bin/sh -c 'cat /data/hello && cd /data && sha256sum noise-0' >"$W/after" || fail "what was here before the reboot cannot be read"
+    expect_equal "$(cat "$W/before")" "$(cat "$W/after")" "what was here before the reboot"
+    if [[ -n ${LAZY_LONG:-} ]]; then
+        started=$(now_ms)
+        ! on b ctr_exec again /bin/sha256sum /data/noise-5 >"$W/late" 2>&1 || fail "what is not here was read without the store"
+        (($(now_ms) - started > 50000)) || fail "a read of what is not here failed after $(($(now_ms) - started)) ms"
+        expect_contains "$(cat "$W/late")" "rror" "the read fails"
+    fi
+    on b ctr_exec again /bin/sha256sum /data/noise-5 >"$W/late" &
+    reader=$!
+    sleep 3
+    kill -0 "$reader" || fail "a read did not wait for the store: $(cat "$W/late")"
+    store_fault none
+    link_post "link?mbit=0"
+    wait "$reader" || fail "the read failed although the store was back"
+    grep -q "$(cut -d' ' -f1 "$W/late")" "$W/expected/large.txt" || fail "the read gave other bytes"
+    # What failed is begun again.
+    wait_for 60 "the layer to be native" no_lazy || fail "the layer is not native"
+    on b ctr_remove again
+    expect_no_layers_from_registry large
+    umount /proc/sys/kernel/random/boot_id
+}
+
+# node_reboots: nothing of this node is left but its disk. The kernel's name of this boot is another one until it is unmounted.
+node_reboots() {
+    local pid mount
+    for pid in $(pgrep -f "containerd-shim.* -address $CONTAINERD_ADDRESS"); do
+        kill -KILL $(cat "/proc/$pid/task/"*/children 2>/dev/null) "$pid" 2>/dev/null || true
+    done
+    daemon_stop "$(node_daemon containerd)" KILL
+    daemon_stop "$(node_daemon speedy)" KILL
+    pkill -KILL -f "keeper --while-needed --socket $N/" || true
+    for mount in $(mounts_below "$N"); do umount "$mount" 2>/dev/null || umount -l "$mount" || true; done
+    losetup -n -O NAME,BACK-FILE | awk -v top="$N/" 'index($2, top) == 1 { print $1 }' | xargs -r losetup -d
+    wait_for 10 "the loop devices to go" no_lazy || fail "loop devices are left: $(losetup -n -O NAME,BACK-FILE)"
+    rm -rf "$N/run" "/run/containerd/runc/$(node_daemon "$WORLD")"
+    tr 0-9a-f 1-9a-f0 </proc/sys/kernel/random/boot_id >"$W/boot_id"
+    mount --bind "$W/boot_id" /proc/sys/kernel/random/boot_id
+}
+
 test_lazy_removed_image_is_fetched_no_further() {
     # What is removed while it is fetched takes nothing of the link any more. It was fetched to its end once, and then reported as a
     # layer that cannot be fetched.

@@ -18,6 +18,8 @@ bench_memory() {
     link_post "link?mbit=0&delay=0"
     on b filled 600
     record "daemon, MB" "all here" "$(on b resident_memory)"
+    sleep 20
+    record "daemon, MB" "20 s later" "$(on b resident_memory)"
     record "daemon, MB" "at most" "$(on b peak_memory)"
     on b unmount_names "${names[@]}"
     say

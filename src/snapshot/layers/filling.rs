@@ -23,6 +23,12 @@ const ATTEMPTS: u32 = 3;
 /// How long a fill waits before it is tried again; doubled each time.
 const PAUSE: Duration = Duration::from_millis(500);
 
+/// How long after it failed a fill is begun again, if nobody has wanted that meanwhile.
+const AGAIN: Duration = Duration::from_secs(30);
+/// How long after the last fill its memory is given back: the threads that wrote and hashed end after 10 s without work, and
+/// their buffers with them.
+const IDLE: Duration = Duration::from_secs(15);
+
 impl Fill {
     /// Its layer image is gone: no failure, but whoever waits for it is told.
     fn removed(&self) {
@@ -60,14 +66,8 @@ impl Layers {
                 Ok(()) => {
                     self.filled.done.fetch_add(1, Ordering::Relaxed);
                     fill.state.send_replace(State::Done);
-                    if self.is_last_fill(serial) {
-                        blocking(|| {
-                            memory::give_back();
-                            Ok::<(), SnapshotError>(())
-                        })
-                        .await
-                        .ok();
-                    }
+                    self.fills.lock().remove(&serial);
+                    self.give_memory_back().await;
                     return;
                 }
                 Err(error @ FillError::Sync(_)) => {
@@ -84,6 +84,11 @@ impl Layers {
                     tracing::error!(serial, error = text, "a layer cannot be fetched from the store");
                     self.keep_broken(serial);
                     fill.state.send_replace(State::Failed(text.into()));
+                    // Found with a store that was away for a minute: nobody asks again for a layer that a container reads already.
+                    tokio::time::sleep(AGAIN).await;
+                    if self.unfilled(serial).is_some() {
+                        self.fill(serial);
+                    }
                     return;
                 }
                 Err(error) => tracing::warn!(serial, %error, "fetching a layer failed; trying again"),
@@ -93,11 +98,23 @@ impl Layers {
         }
     }
 
-    /// It is over; whether nothing else is being filled.
-    fn is_last_fill(&self, serial: u64) -> bool {
-        let mut fills = self.fills.lock();
-        fills.remove(&serial);
-        !fills.values().any(|fill| matches!(*fill.state.borrow(), State::Running | State::Usable))
+    /// A fill is over: if it was the last one, what all of them took is of no use any more.
+    async fn give_memory_back(&self) {
+        let is_idle = || {
+            let fills = self.fills.lock();
+            !fills.values().any(|fill| matches!(*fill.state.borrow(), State::Running | State::Usable))
+        };
+        if !is_idle() {
+            return;
+        }
+        tokio::time::sleep(IDLE).await;
+        if is_idle() {
+            let given = blocking(|| {
+                memory::give_back();
+                Ok::<(), SnapshotError>(())
+            });
+            given.await.ok();
+        }
     }
 
     fn keep_broken(&self, serial: u64) {
