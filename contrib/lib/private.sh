@@ -243,6 +243,13 @@ mounts_below() {
     awk -v top="$1/" 'index($5, top) == 1 { print $5 }' /proc/self/mountinfo | sort -r
 }
 
+# boot_id_back: the kernel's own, where a test that reboots a node has put another one in its place.
+boot_id_back() {
+    while awk -v ours="/${W##*/}/boot_id" '$5 == "/proc/sys/kernel/random/boot_id" && substr($4, length($4) - length(ours) + 1) == ours { found = 1 } END { exit !found }' /proc/self/mountinfo; do
+        umount /proc/sys/kernel/random/boot_id || return 0
+    done
+}
+
 # world_remove: leaves no container, process, mount or directory of this world behind.
 world_remove() {
     [[ -n ${W:-} && -d $W ]] || return 0
@@ -259,8 +266,7 @@ world_remove() {
     for mount in $(mounts_below "$W"); do
         umount "$mount" 2>/dev/null || umount -l "$mount" || true
     done
-    # Of a test that reboots a node and failed.
-    umount /proc/sys/kernel/random/boot_id 2>/dev/null || true
+    boot_id_back
     # Of an attached layer image, should its mount have gone first.
     losetup -n -O NAME,BACK-FILE 2>/dev/null | awk -v top="$W/" 'index($2, top) == 1 { print $1 }' | xargs -r losetup -d 2>/dev/null || true
     for directory in $(find /sys/fs/cgroup -maxdepth 4 -type d -name "$WORLD*" 2>/dev/null | sort -r); do

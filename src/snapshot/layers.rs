@@ -10,8 +10,8 @@
 //! **Invariants.** A layer image is attached before a mount that names it is answered by `Mounts`. One below an active snapshot
 //! or a view is never detached or removed.
 //!
-//! **When it fails.** A fill that fails is reported to whoever waits for it and tried again when somebody asks again, and when
-//! the daemon starts; what was fetched stays.
+//! **When it fails.** A fill that fails is reported to whoever waits for it and begun anew when somebody asks again, and when
+//! the daemon starts; if nobody does, it is tried now and then and stays failed until that succeeds. What was fetched stays.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;

@@ -260,6 +260,7 @@ test_lazy_machine_is_rebooted() {
         ! on b ctr_exec again /bin/sha256sum /data/noise-5 >"$W/late" 2>&1 || fail "what is not here was read without the store"
         (($(now_ms) - started > 50000)) || fail "a read of what is not here failed after $(($(now_ms) - started)) ms"
         expect_contains "$(cat "$W/late")" "rror" "the read fails"
+        [[ $(on b layers_json 'map(select(.state == "failed")) | length') == 1 ]] || fail "the fill has not failed: $(on b layers_json .)"
     fi
     on b ctr_exec again /bin/sha256sum /data/noise-5 >"$W/late" &
     reader=$!
@@ -273,7 +274,7 @@ test_lazy_machine_is_rebooted() {
     wait_for 60 "the layer to be native" no_lazy || fail "the layer is not native"
     on b ctr_remove again
     expect_no_layers_from_registry large
-    umount /proc/sys/kernel/random/boot_id
+    boot_id_back
 }
 
 # node_reboots: nothing of this node is left but its disk. The kernel's name of this boot is another one until it is unmounted.

@@ -416,6 +416,20 @@ fn inodes_without_a_name_are_refused() {
     assert_eq!(refusal(&nameless), (Part::Tree, "each inode has a name, in the order of the inodes"));
 }
 
+/// A root that is a symlink, with names where its target should be. Found by `fuzz_metadata`: a walk read them, a lookup did not. (No such
+/// image was accepted.)
+#[test]
+fn a_symlink_is_no_directory_whatever_is_inline() {
+    let image = Maker::new().with("a", Node::file(b"")).make();
+    let link = patched(&image, image.inodes[""] + 4, &0o120_755_u16.to_le_bytes());
+    let link = patched(&link, image.inodes[""] + 44, &1_u32.to_le_bytes());
+    assert!(verdict(&link).is_err());
+    let metadata = Metadata::open(parts(&link.bytes, &link.layout), &link.layout).unwrap();
+    assert_eq!(metadata.lookup([]).unwrap(), None);
+    let walked = metadata.walk(|_, _| Ok::<(), CheckError>(()));
+    assert!(matches!(walked, Err(CheckError::Refused { part: Part::Tree, .. })), "{walked:?}");
+}
+
 #[test]
 fn the_image_root_holds_fs_alone() {
     let image = Maker::new().make();

@@ -8,7 +8,7 @@
 //! first zero, at the end of the block, or where the directory's size ends.
 
 use super::reader::Window;
-use super::record::{Inode, is_zero, u16_at, u64_at};
+use super::record::{Inode, Kind, is_zero, u16_at, u64_at};
 use super::{CheckError, Part, require};
 use crate::image::BLOCK;
 
@@ -32,6 +32,7 @@ pub(super) fn each<'i, 'b>(
     directory: &Inode,
     visit: &mut dyn FnMut(Entry<'_>) -> Result<(), CheckError>,
 ) -> Result<(), CheckError> {
+    require_directory(directory)?;
     let mut last = Vec::new();
     for number in 0..directory.size.div_ceil(BLOCK) {
         let place = directory.names_at(number);
@@ -55,6 +56,7 @@ pub(super) fn find(
     directory: &Inode,
     name: &[u8],
 ) -> Result<Option<u64>, CheckError> {
+    require_directory(directory)?;
     let (mut low, mut high) = (0, directory.size.div_ceil(BLOCK));
     while low < high {
         let middle = low + (high - low) / 2;
@@ -76,6 +78,11 @@ pub(super) fn find(
         }
     }
     Ok(None)
+}
+
+/// What is inline in a symlink could be read as names.
+fn require_directory(inode: &Inode) -> Result<(), CheckError> {
+    require(inode.kind == Kind::Directory, Part::Tree, inode.at, "names are looked for in directories")
 }
 
 /// One block, of which the directory's size covers `used` bytes.

@@ -23,8 +23,8 @@ const ATTEMPTS: u32 = 3;
 /// How long a fill waits before it is tried again; doubled each time.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// How long after it failed a fill is begun again, if nobody has wanted that meanwhile.
-const AGAIN: Duration = Duration::from_secs(30);
+/// How long after it failed a fill is tried again, to begin with and at most; doubled each time.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(600));
 /// How long after the last fill its memory is given back: the threads that wrote and hashed end after 10 s without work, and
 /// their buffers with them.
 const IDLE: Duration = Duration::from_secs(15);
@@ -63,13 +63,7 @@ impl Layers {
         let mut pause = PAUSE;
         for attempt in 1..=ATTEMPTS {
             match self.try_fill(serial, fill).await {
-                Ok(()) => {
-                    self.filled.done.fetch_add(1, Ordering::Relaxed);
-                    fill.state.send_replace(State::Done);
-                    self.fills.lock().remove(&serial);
-                    self.give_memory_back().await;
-                    return;
-                }
+                Ok(()) => return self.finish(serial, fill).await,
                 Err(error @ FillError::Sync(_)) => {
                     let text = error.problem();
                     self.filled.failed.fetch_add(1, Ordering::Relaxed);
@@ -84,18 +78,44 @@ impl Layers {
                     tracing::error!(serial, error = text, "a layer cannot be fetched from the store");
                     self.keep_broken(serial);
                     fill.state.send_replace(State::Failed(text.into()));
-                    // Found with a store that was away for a minute: nobody asks again for a layer that a container reads already.
-                    tokio::time::sleep(AGAIN).await;
-                    if self.unfilled(serial).is_some() {
-                        self.fill(serial);
-                    }
-                    return;
+                    return self.try_again(serial, fill).await;
                 }
                 Err(error) => tracing::warn!(serial, %error, "fetching a layer failed; trying again"),
             }
             tokio::time::sleep(pause).await;
             pause *= 2;
         }
+    }
+
+    /// A fill that failed is tried now and then as long as nobody has begun it anew: what a container reads already nobody asks for
+    /// again. Until it succeeds it stays failed for everybody who asks.
+    async fn try_again(self: &Arc<Self>, serial: u64, fill: &Fill) {
+        let mut pause = AGAIN.0;
+        loop {
+            tokio::time::sleep(pause).await;
+            let is_its =
+                self.fills.lock().get(&serial).is_some_and(|other| std::ptr::eq(&raw const **other, fill));
+            if !is_its || self.unfilled(serial).is_none() {
+                return;
+            }
+            let apart = Fill { state: watch::Sender::new(State::Running), gone: CancellationToken::new() };
+            match self.try_fill(serial, &apart).await {
+                Ok(()) => return self.finish(serial, fill).await,
+                Err(error) => tracing::debug!(serial, %error, "a layer that failed cannot be fetched yet"),
+            }
+            pause = (pause * 2).min(AGAIN.1);
+        }
+    }
+
+    /// Everything is here.
+    async fn finish(&self, serial: u64, fill: &Fill) {
+        if let Some(index) = self.meta.layer(serial).and_then(|layer| layer.index) {
+            self.broken.lock().remove(&index);
+        }
+        self.filled.done.fetch_add(1, Ordering::Relaxed);
+        fill.state.send_replace(State::Done);
+        self.fills.lock().remove(&serial);
+        self.give_memory_back().await;
     }
 
     /// A fill is over: if it was the last one, what all of them took is of no use any more.
