@@ -91,7 +91,7 @@ pub(super) fn is_inline(format: [u8; 2]) -> bool {
 }
 
 /// Whether `length` bytes from `at` on, in bytes from a block boundary, are in more blocks than one.
-fn crosses(at: u64, length: u64) -> bool {
+pub(super) fn crosses(at: u64, length: u64) -> bool {
     length > 0 && at / BLOCK != (at + length - 1) / BLOCK
 }
 
@@ -142,12 +142,6 @@ impl Plan {
         Ok(end.next_multiple_of(INODE))
     }
 
-    /// Directories and what holds them, in the order of their inodes.
-    fn directories_of(&self, tree: &Tree<'_>) -> impl Iterator<Item = (NodeId, NodeId)> {
-        let nodes = self.order.iter().copied();
-        nodes.filter(|(id, _)| matches!(tree.node(*id).body, Body::Directory(_)))
-    }
-
     fn nid(&self, id: NodeId) -> u64 {
         self.places[id.index()] / NID_UNIT
     }
@@ -158,10 +152,9 @@ impl Plan {
 pub(super) fn write(tree: &Tree<'_>, mut data: Data<'_>, allowed: u64) -> Result<(Layout, u64), ImageError> {
     let start = data.end_files(allowed)?;
     let plan = Plan::of(tree)?;
-    write_inodes(tree, &plan, start, &mut data)?;
+    let in_need = write_inodes(tree, &plan, start, &mut data)?;
     pad(&mut data, start + plan.directories)?;
-    for (id, parent) in plan.directories_of(tree) {
-        let blocks = Inode::of(tree, id, plan.places[id.index()]).blocks();
+    for (id, parent, blocks) in in_need {
         for (_, block) in (0..blocks).zip(in_blocks(entries(tree, &plan, id, parent))) {
             data.put(&encode_entries(&block))?;
             data.align()?;
@@ -174,7 +167,14 @@ pub(super) fn write(tree: &Tree<'_>, mut data: Data<'_>, allowed: u64) -> Result
     Ok((Layout { data: RESERVED..start, metadata: start..end, size }, inodes))
 }
 
-fn write_inodes(tree: &Tree<'_>, plan: &Plan, start: u64, data: &mut Data<'_>) -> Result<(), ImageError> {
+/// Which directories need blocks, with what holds them and how many, in the order of their inodes.
+fn write_inodes(
+    tree: &Tree<'_>,
+    plan: &Plan,
+    start: u64,
+    data: &mut Data<'_>,
+) -> Result<Vec<(NodeId, NodeId, u64)>, ImageError> {
+    let mut in_need = Vec::new();
     let mut next = start + plan.directories;
     data.put(&[0; 64])?;
     let names = encode_entries(&image_root());
@@ -187,6 +187,7 @@ fn write_inodes(tree: &Tree<'_>, plan: &Plan, start: u64, data: &mut Data<'_>) -
         if inode.blocks() > 0 {
             inode.word = block_number(next);
             next += inode.blocks() * BLOCK;
+            in_need.push((*id, *parent, inode.blocks()));
         }
         pad(data, start + place)?;
         data.put(&inode.encode(place))?;
@@ -200,7 +201,7 @@ fn write_inodes(tree: &Tree<'_>, plan: &Plan, start: u64, data: &mut Data<'_>) -
             _ => {}
         }
     }
-    Ok(())
+    Ok(in_need)
 }
 
 /// What is in the image root.

@@ -7,7 +7,7 @@ bench_many() {
     local count=${1:-100} snapshotter number before start
     MANY=()
     for ((number = 1; number <= count; number++)); do MANY+=("deep-$number"); done
-    step "Make and push $count images" many_images
+    step "Make and push $count images" make_images "${MANY[@]}"
     quiet_collector
     start_speedy
     start_containerd "$CONTAINERD_VERSION"
@@ -35,7 +35,6 @@ bench_many() {
     table "$count images of 128 layers" --digits 3
 }
 
-many_images() { mkdir -p "$W/expected"; python3 "$REPO/tests/e2e/mkimage.py" "$REGISTRY" "$W/expected" "${MANY[@]}"; }
 many_pull() {
     local name
     for name in "${MANY[@]}"; do pull_by ctr "$1" "$name"; done

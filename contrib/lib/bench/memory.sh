@@ -1,12 +1,11 @@
 # contrib/bench memory [--store ceph|versity] [COUNT]: COUNT images (100) of 50,000 files each, which another node has published, on a node that
 # has all of them mounted while next to nothing of their data is here (the link gives 20 Mbit/s), and when it is: what the daemon takes.
 # shellcheck shell=bash
-. "$REPO/contrib/lib/bench/image-delay.sh"
 
 bench_memory() {
     local count=${1:-100} number name names=()
     for ((number = 1; number <= count; number++)); do names+=("wide-$number"); done
-    step "Make and push $count images of 50,000 files" wide_images "${names[@]}"
+    step "Make and push $count images of 50,000 files" make_images "${names[@]}"
     publish_pushed "${names[@]}"
     on b start_behind_link "$ENDPOINT" "$KEY"
     machine
@@ -26,7 +25,6 @@ bench_memory() {
     table "$count images of 50,000 files" --digits 0
 }
 
-wide_images() { mkdir -p "$W/expected"; python3 "$REPO/tests/e2e/mkimage.py" "$REGISTRY" "$W/expected" "$@"; }
 mount_names() {
     local name
     for name in "$@"; do
@@ -40,5 +38,5 @@ unmount_names() {
     for name in "$@"; do ctr images unmount --rm "$W/at/$name" >/dev/null || true; done
 }
 cold_layers() {
-    "$SPEEDY" layers --json --address "$SPEEDY_ADDRESS" | jq '[(if type == "object" then .layers else . end)[] | select(.lazy)]'
+    "$SPEEDY" layers --json --address "$SPEEDY_ADDRESS" | jq 'map(select(.lazy))'
 }

@@ -29,6 +29,7 @@
 use std::ops::Range;
 
 use super::{CheckError, NodeKind, Part, Time, Xattr, require};
+use crate::image::erofs::crosses;
 use crate::image::{BLOCK, Layout};
 
 /// Bytes of an extended inode, and what every inode is aligned to.
@@ -196,10 +197,7 @@ impl Inode {
         rule(is_inline, "inline data in symlinks and directories, and nowhere else")?;
         rule(self.end() <= layout.metadata.end, "attributes and what is inline end in the metadata")?;
         let inline = self.inline_range();
-        rule(
-            inline.is_empty() || inline.start / BLOCK == (inline.end - 1) / BLOCK,
-            "what is inline does not cross a block",
-        )?;
+        rule(!crosses(inline.start, inline.end - inline.start), "what is inline does not cross a block")?;
         match self.kind {
             Kind::File if self.size == 0 => rule(self.word == 0, "an empty file has no block"),
             Kind::File => rule(within(self.start(), self.size, &layout.data), "a file's data is in the data"),

@@ -11,6 +11,7 @@ use super::reader::{Metadata, PIECE, ReadAt, Window};
 use super::record::{INODE, Inode, Kind, is_zero};
 use super::{CheckError, Checked, Part, Time, refused, require};
 use crate::image::BLOCK;
+use crate::image::erofs::crosses;
 
 /// Reads all metadata of an image and accepts it only if every rule of the module's page is kept.
 pub fn check(image: &impl ReadAt, layout: &crate::image::Layout) -> Result<Checked, CheckError> {
@@ -165,8 +166,7 @@ impl Census {
 fn place(inode: &Inode, end: u64) -> u64 {
     let inline = inode.inline_range();
     let (body, length) = (inline.start - inode.at, inline.end - inline.start);
-    let crosses = length > 0 && (end + body) / BLOCK != (end + body + length - 1) / BLOCK;
-    if !crosses {
+    if !crosses(end + body, length) {
         return end;
     }
     ((end + body).next_multiple_of(BLOCK) - body).next_multiple_of(INODE)

@@ -59,7 +59,7 @@ impl Layers {
         fill
     }
 
-    async fn run_fill(self: &Arc<Self>, serial: u64, fill: &Fill) {
+    async fn run_fill(self: &Arc<Self>, serial: u64, fill: &Arc<Fill>) {
         let mut pause = PAUSE;
         for attempt in 1..=ATTEMPTS {
             match self.try_fill(serial, fill).await {
@@ -89,12 +89,11 @@ impl Layers {
 
     /// A fill that failed is tried now and then as long as nobody has begun it anew: what a container reads already nobody asks for
     /// again. Until it succeeds it stays failed for everybody who asks.
-    async fn try_again(self: &Arc<Self>, serial: u64, fill: &Fill) {
+    async fn try_again(self: &Arc<Self>, serial: u64, fill: &Arc<Fill>) {
         let mut pause = AGAIN.0;
         loop {
             tokio::time::sleep(pause).await;
-            let is_its =
-                self.fills.lock().get(&serial).is_some_and(|other| std::ptr::eq(&raw const **other, fill));
+            let is_its = self.fills.lock().get(&serial).is_some_and(|other| Arc::ptr_eq(other, fill));
             if !is_its || self.unfilled(serial).is_none() {
                 return;
             }
