@@ -140,6 +140,26 @@ run_until_ready() {
     printf '%d' "$((end - start))"
 }
 
+snapshotter_of() { if [[ $1 == overlayfs ]]; then echo overlayfs; else echo speedy; fi; }
+
+# restart_as HOW STORE-ENDPOINT: this node's Speedy, lazy or not, with traces or without.
+restart_as() {
+    local address lazy=off traces=off
+    [[ $1 != lazy && $1 != traced ]] || lazy=auto
+    [[ $1 != traced ]] || traces=auto
+    [[ $1 != overlayfs ]] || return 0
+    address=http://$(link_address "$2")
+    daemon_stop "$(node_daemon speedy)"
+    AWS_ENDPOINT_URL=$address AWS_ENDPOINT=$address SPEEDY_TRUST_KEYS=$KEY SPEEDY_PUBLISH_POLICY=off SPEEDY_FETCH_LAZY=$lazy SPEEDY_FETCH_TRACES=$traces \
+        start_speedy --store "$SPEEDY_STORE"
+    wait_for 15 "containerd to find Speedy again" speedy_is_found
+}
+speedy_is_found() { ctr snapshots --snapshotter speedy prepare "found-$RANDOM$RANDOM" && remove_found; }
+remove_found() {
+    local key
+    for key in $(ctr snapshots --snapshotter speedy ls | awk '$1 ~ /^found-/ { print $1 }'); do ctr snapshots --snapshotter speedy rm "$key"; done
+}
+
 # resident_memory: of this node's Speedy now, in MB. peak_memory: at most since it started.
 resident_memory() { awk '$1 == "VmRSS:" { printf "%d", $2 / 1000 }' "/proc/$(daemon_pid "$(node_daemon speedy)")/status"; }
 peak_memory() { awk '$1 == "VmHWM:" { printf "%d", $2 / 1000 }' "/proc/$(daemon_pid "$(node_daemon speedy)")/status"; }

@@ -26,21 +26,26 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs::{DirBuilder, File};
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::trial::Trial;
 use crate::sys::decimal;
 use crate::sys::loopdev::{self, LoopDevice};
 use crate::sys::mount::{self, DetachedErofs, ErofsIo, PointState, Unmount};
-use crate::sys::mountinfo;
+use crate::sys::{mountinfo, readahead};
 
 /// The directory at the root of every layer image that holds the layer.
 pub const TREE: &str = "fs";
 /// How long what was written stays in memory, most probably.
-const FRESH: Duration = Duration::from_secs(120);
+pub const FRESH: Duration = Duration::from_secs(120);
+/// An image reads ahead as far as files on its disk do, within these, in KiB. More has made reads in order slower again.
+const READ_AHEAD: RangeInclusive<u32> = 128..=1024;
 /// More than this many mounts on top of each other are nobody's attach point.
 const STACKED: u32 = 64;
 
@@ -63,16 +68,6 @@ pub enum Way {
     FileBacked(ErofsIo),
     /// Through a loop device.
     Loop,
-}
-
-impl Way {
-    /// The same through the page cache of the image's file.
-    fn cached(self) -> Way {
-        match self {
-            Way::FileBacked(_) => Way::FileBacked(ErofsIo::Default),
-            Way::Loop => Way::Loop,
-        }
-    }
 }
 
 impl fmt::Display for Way {
@@ -158,13 +153,20 @@ pub struct Attached {
 pub struct Attacher {
     layers: PathBuf,
     way: Way,
+    /// Whether there may be a mount that reads through the page cache of its file and need not.
+    cached: Arc<AtomicBool>,
 }
 
 impl Attacher {
     /// Finds out by trying, on an image of its own in a scratch directory below `root`, how images can be mounted there.
     pub fn open(root: &Path, mode: Mode) -> Result<Attacher, AttachError> {
         let way = Attacher::probe(root, mode)?;
-        Ok(Attacher { layers: root.join("l"), way })
+        Ok(Attacher::new(root, way))
+    }
+
+    fn new(root: &Path, way: Way) -> Attacher {
+        // Whoever was here before may have left some.
+        Attacher { layers: root.join("l"), way, cached: Arc::new(AtomicBool::new(true)) }
     }
 
     /// The way that [`Attacher::open`] would use. What a killed trial leaves is a directory whose name begins with
@@ -190,7 +192,7 @@ impl Attacher {
 
     /// Without a trial, for a start on a full disk: the way that newer kernels have.
     pub fn untried(root: &Path) -> Attacher {
-        Attacher { layers: root.join("l"), way: Way::FileBacked(ErofsIo::Default) }
+        Attacher::new(root, Way::FileBacked(ErofsIo::Default))
     }
 
     /// The way in use.
@@ -224,7 +226,43 @@ impl Attacher {
     }
 
     fn way_for(&self, image: &Path) -> Way {
-        if is_fresh(image) { self.way.cached() } else { self.way }
+        if self.way != Way::FileBacked(ErofsIo::Direct) || !is_fresh(image) {
+            return self.way;
+        }
+        self.cached.store(true, Ordering::Release);
+        Way::FileBacked(ErofsIo::Default)
+    }
+
+    /// The layer images that are read through the page cache of their files, as fresh ones are, where the kernel can do
+    /// without it.
+    pub fn cached(&self) -> Result<Vec<u64>, AttachError> {
+        let may_be = self.way == Way::FileBacked(ErofsIo::Direct) && self.cached.swap(false, Ordering::AcqRel);
+        if !may_be {
+            return Ok(Vec::new());
+        }
+        let mut found: Vec<u64> = self
+            .mounts()
+            .inspect_err(|_| self.cached.store(true, Ordering::Release))?
+            .into_iter()
+            .filter_map(|(serial, entry)| mount::is_cached(&entry).then_some(serial))
+            .collect();
+        found.dedup();
+        Ok(found)
+    }
+
+    /// What [`Attacher::cached`] found at `point`, with this file, is read past the page cache from now on, also by who uses
+    /// it already; not yet if it is fresh still.
+    pub fn settle(&self, image: &Path, point: &Path) -> Result<(), AttachError> {
+        if is_fresh(image) {
+            self.cached.store(true, Ordering::Release);
+            return Ok(());
+        }
+        let at_point = |error| AttachError::at(point, error);
+        match mount::look(point).map_err(at_point)? {
+            (PointState::Erofs, Some(root)) => mount::read_past_cache(root).map_err(at_point),
+            // Detached in between.
+            _ => Ok(()),
+        }
     }
 
     /// Mounts `image` at `point` through a loop device, whatever the way in use is, so that its file can be exchanged later;
@@ -425,8 +463,8 @@ fn remove_empty(point: &Path) -> Result<(), AttachError> {
     }
 }
 
-/// Whether the image was written so lately that its bytes are still in memory: reading them from there is quicker than past it, and
-/// what is then in memory twice is the first to be dropped.
+/// Whether the image was written so lately that its bytes are still in memory: reading them from there is quicker than past it, until
+/// they are dropped; see [`Attacher::settle`].
 fn is_fresh(image: &Path) -> bool {
     let written = std::fs::metadata(image).and_then(|file| file.modified());
     written.is_ok_and(|at| at.elapsed().is_ok_and(|age| age < FRESH))
@@ -436,7 +474,14 @@ fn mount_image(image: &Path, way: Way) -> io::Result<DetachedErofs> {
     // The table shows the name as it was given here.
     let image = std::fs::canonicalize(image)?;
     match way {
-        Way::FileBacked(io) => DetachedErofs::mount(&image, io),
+        Way::FileBacked(io) => {
+            let mounted = DetachedErofs::mount(&image, io)?;
+            let ahead = readahead::of_disk(&image).map(|kib| kib.clamp(*READ_AHEAD.start(), *READ_AHEAD.end()));
+            if let Some(Err(error)) = ahead.map(|kib| mounted.set_read_ahead(kib)) {
+                tracing::debug!(image = %image.display(), %error, "an image reads ahead no further than the kernel has it");
+            }
+            Ok(mounted)
+        }
         Way::Loop => {
             let device = LoopDevice::open(&File::open(&image)?, &image)?;
             DetachedErofs::mount(device.path(), ErofsIo::Default)

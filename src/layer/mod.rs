@@ -393,6 +393,19 @@ impl LayerStore {
         Ok(self.attacher().cover(&self.image(serial), &self.point(serial))?)
     }
 
+    /// See [`Attacher::cached`].
+    pub fn cached(&self) -> Result<Vec<u64>, LayerError> {
+        Ok(self.attacher().cached()?)
+    }
+
+    /// See [`Attacher::settle`].
+    pub fn settle(&self, serial: u64) -> Result<(), LayerError> {
+        let image = self.image(serial);
+        // Not durable yet: it is looked at again.
+        let file = if image.exists() { image } else { self.part(serial) };
+        Ok(self.attacher().settle(&file, &self.point(serial))?)
+    }
+
     /// Takes a layer image away from its attach point; harmless when it is not there. What is mounted on top of it keeps it.
     pub fn detach(&self, serial: u64) -> Result<(), LayerError> {
         Ok(self.attacher().detach(&self.attacher().point(serial))?)

@@ -42,6 +42,7 @@ mod demotion;
 mod filling;
 mod limit;
 mod scrub;
+mod settling;
 mod watched;
 
 /// How long a layer whose data could not be fetched is pulled instead.
@@ -275,7 +276,7 @@ impl Layers {
 
     /// Until `stop`; what is being filled is given up then and goes on at the next start.
     pub async fn run(self: &Arc<Self>, stop: CancellationToken) {
-        let upkeep = async { tokio::join!(self.keep_within_limit(), self.scrub()) };
+        let upkeep = async { tokio::join!(self.keep_within_limit(), self.scrub(), self.settle()) };
         tokio::select! {
             () = stop.cancelled() => {}
             _ = upkeep => {}

@@ -24,6 +24,7 @@ pub mod memory;
 pub mod mount;
 pub mod mountinfo;
 pub mod program;
+pub mod readahead;
 pub mod reserve;
 pub mod shared;
 pub mod signals;

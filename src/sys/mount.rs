@@ -14,12 +14,19 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
-    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags,
+    fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick,
+    move_mount,
 };
+
+use super::mountinfo::MountEntry;
+use super::readahead;
 
 /// `f_type` of EROFS (`EROFS_SUPER_MAGIC_V1` of `linux/magic.h`).
 const EROFS_MAGIC: u64 = 0xe0f5_e1e2;
+
+/// The option of an EROFS that is mounted from a file: its data is read past that file's page cache (Linux 6.13).
+const DIRECT: &str = "directio";
 
 /// A mounted EROFS that is not visible anywhere yet; it is gone when dropped before it was put somewhere.
 #[derive(Debug)]
@@ -46,7 +53,7 @@ impl DetachedErofs {
         fsconfig_set_string(&context, "source", source)?;
         fsconfig_set_flag(&context, "ro")?;
         if io == ErofsIo::Direct {
-            fsconfig_set_flag(&context, "directio")?;
+            fsconfig_set_flag(&context, DIRECT)?;
         }
         fsconfig_create(&context)?;
         let flags = MountAttrFlags::MOUNT_ATTR_RDONLY;
@@ -57,6 +64,11 @@ impl DetachedErofs {
     /// Whether the image has a directory of this name at its root.
     pub fn has_directory(&self, name: &str) -> io::Result<bool> {
         is_directory(&self.mount, name)
+    }
+
+    /// Reads ahead so many KiB; for an image that is mounted from a file.
+    pub fn set_read_ahead(&self, kib: u32) -> io::Result<()> {
+        readahead::set(root(&self.mount)?, kib)
     }
 
     /// Makes the mount visible at `point`, a descriptor of a directory.
@@ -90,14 +102,33 @@ impl PrivateMount {
 
     /// Its root directory, opened.
     pub fn root(&self) -> io::Result<OwnedFd> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(rustix::fs::openat(&self.mount, ".", flags, Mode::empty())?)
+        root(&self.mount)
     }
 
     /// A path to its root directory that works in this process.
     pub fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}/.", std::os::fd::AsRawFd::as_raw_fd(&self.mount)))
     }
+}
+
+fn root(mount: impl AsFd) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(mount, ".", flags, Mode::empty())?)
+}
+
+/// Whether an EROFS, mounted from a file, reads its data through that file's page cache.
+pub fn is_cached(entry: &MountEntry) -> bool {
+    entry.kind == "erofs"
+        && !entry.source.starts_with("/dev/")
+        && entry.super_options.iter().all(|option| option != DIRECT)
+}
+
+/// The EROFS that `root` is the root directory of (`O_PATH` is enough) reads its data past the page cache of its file from
+/// now on, for whoever uses it wherever it is mounted.
+pub fn read_past_cache(root: impl AsFd) -> io::Result<()> {
+    let context = fspick(root, "", FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH)?;
+    fsconfig_set_flag(&context, DIRECT)?;
+    Ok(fsconfig_reconfigure(&context)?)
 }
 
 fn is_directory(parent: impl AsFd, name: &str) -> io::Result<bool> {

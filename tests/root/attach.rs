@@ -1,18 +1,18 @@
 //! Layer images in the kernel: mounted both ways, below overlays, through id-mapped mounts, and given back.
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use speedy::driver::probe;
-use speedy::layer::attach::{AttachError, Attached, Attacher, Mode, Way};
+use speedy::layer::attach::{AttachError, Attached, Attacher, FRESH, Mode, Way};
 use speedy::sys::idmap::IdMapped;
 use speedy::sys::loopdev::LoopDevice;
 use speedy::sys::mount::{self, DetachedErofs, ErofsIo, Unmount};
-use speedy::sys::mountinfo;
+use speedy::sys::{mountinfo, readahead};
 
 use crate::maker::{Maker, Node};
 use crate::process::require_root;
@@ -201,6 +201,56 @@ fn a_loop_device_is_covered_under_whoever_uses_it() {
     assert_eq!(root.loops().len(), 1);
     drop((file, overlay));
     root.require_no_loops();
+}
+
+/// An image that was written just now is read from memory, and later past it, also by who has it open; nothing is to do for it where
+/// the kernel has only one of the two.
+#[test]
+fn a_fresh_image_is_read_from_memory_and_later_past_it() {
+    let root = Root::new();
+    let attacher = root.attacher(Mode::Auto);
+    let (image, point) = (root.image("a.erofs", &layer("a")), attacher.point(7));
+    attacher.attach(&image, &point).unwrap();
+    let is_cached = || {
+        let table = mountinfo::of_this_process().unwrap();
+        mount::is_cached(table.iter().rfind(|entry| entry.point == point).unwrap())
+    };
+    if attacher.way() != Way::FileBacked(ErofsIo::Direct) {
+        return assert!(attacher.cached().unwrap().is_empty());
+    }
+    assert_eq!((attacher.cached().unwrap(), is_cached()), (vec![7], true));
+    assert!(attacher.cached().unwrap().is_empty(), "it is looked for only once");
+    attacher.settle(&image, &point).unwrap();
+    assert_eq!((attacher.cached().unwrap(), is_cached()), (vec![7], true), "too early: it is looked for again");
+
+    let overlay = Mounted::overlay(&root, &[point.join("fs")], "one");
+    let open = fs::File::open(overlay.0.join("etc/a")).unwrap();
+    let mut first = [0; 1000];
+    open.read_exact_at(&mut first, 0).unwrap();
+    let old = std::time::SystemTime::now() - FRESH - Duration::from_secs(1);
+    fs::File::options().append(true).open(&image).unwrap().set_modified(old).unwrap();
+    attacher.settle(&image, &point).unwrap();
+    assert!(!is_cached() && attacher.cached().unwrap().is_empty());
+    for cached in ["memory", "disk"] {
+        assert_eq!(std::io::read_to_string(&open).unwrap(), "a".repeat(3000), "from {cached}");
+        drop_caches();
+        (&open).rewind().unwrap();
+    }
+    // A daemon that was started later finds it, and one that is old enough is attached so at once.
+    assert!(root.attacher(Mode::Auto).cached().unwrap().is_empty());
+    drop((open, overlay));
+    attacher.detach(&point).unwrap();
+    attacher.settle(&image, &point).unwrap();
+    attacher.attach(&image, &point).unwrap();
+    assert!(!is_cached());
+    let ahead = readahead::of_mount(fs::File::open(&point).unwrap());
+    let disk = readahead::of_disk(&image).unwrap_or(128);
+    assert_eq!(ahead.unwrap(), disk.clamp(128, 1024), "as the disk, but within these");
+    attacher.detach(&point).unwrap();
+}
+
+fn drop_caches() {
+    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
 }
 
 #[test]

@@ -43,8 +43,6 @@ bench_image_delay() {
     say "The second node's daemon used $(on b peak_memory) MB at most."
 }
 
-snapshotter_of() { if [[ $1 == overlayfs ]]; then echo overlayfs; else echo speedy; fi; }
-
 # record_start NAME STORE-ENDPOINT: node b starts the image lazily, writes what the start read, and is empty again.
 record_start() {
     link_post "link?mbit=$MBIT&delay=$DELAY"
@@ -56,21 +54,3 @@ record_start() {
     on b empty_node
 }
 is_recorded() { [[ $(status_of .traces.written) == 1 ]]; }
-
-# restart_as HOW STORE-ENDPOINT: this node's Speedy, lazy or not, with traces or without.
-restart_as() {
-    local address lazy=off traces=off
-    [[ $1 != lazy && $1 != traced ]] || lazy=auto
-    [[ $1 != traced ]] || traces=auto
-    [[ $1 != overlayfs ]] || return 0
-    address=http://$(link_address "$2")
-    daemon_stop "$(node_daemon speedy)"
-    AWS_ENDPOINT_URL=$address AWS_ENDPOINT=$address SPEEDY_TRUST_KEYS=$KEY SPEEDY_PUBLISH_POLICY=off SPEEDY_FETCH_LAZY=$lazy SPEEDY_FETCH_TRACES=$traces \
-        start_speedy --store "$SPEEDY_STORE"
-    wait_for 15 "containerd to find Speedy again" speedy_is_found
-}
-speedy_is_found() { ctr snapshots --snapshotter speedy prepare "found-$RANDOM$RANDOM" && remove_found; }
-remove_found() {
-    local key
-    for key in $(ctr snapshots --snapshotter speedy ls | awk '$1 ~ /^found-/ { print $1 }'); do ctr snapshots --snapshotter speedy rm "$key"; done
-}

@@ -83,7 +83,7 @@ clear_store() { timed python3 "$REPO/contrib/lib/s3.py" rm-all "$1/" >/dev/null;
 
 all_fetched() {
     "$SPEEDY" layers --json --address "$SPEEDY_ADDRESS" |
-        jq -e '(if type == "object" then .layers else . end) | length > 0 and all(.[]; .origin == "fetched")' >/dev/null
+        jq -e 'length > 0 and all(.[]; .origin == "fetched")' >/dev/null
 }
 
 # peak_of FILE COMMAND...: its peak memory in MB to FILE, what it prints to FILE.out.

@@ -1,0 +1,40 @@
+//! Layer images that were attached while their bytes were still in memory, from being written: as long as they are there, they are
+//! read from there. Later that would only be a second page cache on the way.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Layers;
+use crate::layer::LayerError;
+use crate::snapshot::SnapshotError;
+use crate::snapshot::stock::blocking;
+
+/// How often it is looked for some. It costs nothing where none was attached since.
+const LOOK: Duration = Duration::from_secs(30);
+
+impl Layers {
+    /// For ever.
+    pub(super) async fn settle(self: &Arc<Self>) {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            if let Err(error) = self.settle_all().await {
+                tracing::warn!(%error, "layer images go on being read through two page caches");
+            }
+        }
+    }
+
+    async fn settle_all(self: &Arc<Self>) -> Result<(), SnapshotError> {
+        let store = Arc::clone(&self.store);
+        let mut settled = Ok(());
+        for serial in blocking(move || store.cached()).await? {
+            let lock = self.attach_locks.of(serial);
+            let _held = lock.lock().await;
+            let store = Arc::clone(&self.store);
+            // One that cannot be changed is none of the others' business.
+            if let Err(error) = blocking(move || -> Result<(), LayerError> { store.settle(serial) }).await {
+                settled = Err(error);
+            }
+        }
+        settled
+    }
+}
