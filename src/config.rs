@@ -190,6 +190,8 @@ pub struct FetchConfig {
     pub lazy: LazyMode,
     /// Whether starts are recorded, and what they read is fetched first.
     pub traces: TraceMode,
+    /// How much is fetched each second that nobody waits for; 0 for no limit.
+    pub rate: ByteSize,
 }
 
 /// Checking what is here.
@@ -271,6 +273,7 @@ impl Default for Config {
                 deadline: Timespan::from_secs(5),
                 lazy: LazyMode::Auto,
                 traces: TraceMode::Auto,
+                rate: ByteSize::from_kib(0),
             },
             scrub: ScrubConfig {
                 rate: ByteSize::from_mib(8),

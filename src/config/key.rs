@@ -389,6 +389,15 @@ pub(super) const KEYS: &[Key] = &[
         show: |config| json!(config.fetch.traces),
     },
     Key {
+        name: "fetch.rate",
+        accepted: "\"0\" for no limit, or a size from \"64KiB\" to \"16GiB\", each second",
+        set: |config, given| {
+            let rate = size_or_none(ByteSize::from_kib(64), ByteSize::from_gib(16), &given.text()?);
+            rate.map(|rate| config.fetch.rate = rate)
+        },
+        show: |config| json!(config.fetch.rate),
+    },
+    Key {
         name: "scrub.rate",
         accepted: "\"0\" for off, or a size from \"64KiB\" to \"16GiB\", each second",
         set: |config, given| {

@@ -152,6 +152,7 @@ fn every_key_has_a_variable() {
         ("SPEEDY_FETCH_DEADLINE", "3s"),
         ("SPEEDY_FETCH_LAZY", "off"),
         ("SPEEDY_FETCH_TRACES", "off"),
+        ("SPEEDY_FETCH_RATE", "12MiB"),
         ("SPEEDY_SCRUB_RATE", "0"),
         ("SPEEDY_SCRUB_EVERY", "24h"),
         ("SPEEDY_SCRUB_STORE", "20MiB"),
@@ -171,6 +172,7 @@ fn every_key_has_a_variable() {
     assert_eq!(loaded.config.layers.limit.to_string(), "40GiB");
     assert_eq!((loaded.config.scrub.rate.bytes(), loaded.config.scrub.every.to_string()), (0, "24h".into()));
     assert_eq!(loaded.config.scrub.store.to_string(), "20MiB");
+    assert_eq!(loaded.config.fetch.rate.to_string(), "12MiB");
     assert_eq!(loaded.config.metrics.unwrap().to_string(), "127.0.0.1:1");
     assert_eq!(
         (loaded.config.thin.fs.as_str(), loaded.config.thin.size.to_string()),
@@ -321,6 +323,7 @@ fn bad_values_say_why_and_what_is_accepted() {
         ("[layers]\nbudget = '20GB'", "units are KiB, MiB, GiB and TiB"),
         ("[layers]\nkeep_free = '95%'", "0% to 90%"),
         ("[layers]\nlimit = '15MiB'", "out of range"),
+        ("[fetch]\nrate = '63KiB'", "out of range"),
         ("[scrub]\nrate = '1KiB'", "out of range"),
         ("[scrub]\nstore = '1KiB'", "out of range"),
         ("[scrub]\nevery = '900ms'", "out of range"),

@@ -61,8 +61,7 @@ pub(super) fn open_store(config: &Config) -> Result<Store, DaemonError> {
     let is_store = !config.store.is_empty() && !config.store.as_str().starts_with("memory:");
     let opened = if is_store { Some(open_content(config)?) } else { None };
     let content = opened.map(|(content, objects)| (Arc::new(content), objects));
-    let limit = Some(config.layers.limit.bytes()).filter(|limit| *limit > 0);
-    let cold = content.as_ref().map(|(content, _)| cold_layers(&layers, content, limit));
+    let cold = content.as_ref().map(|(content, _)| cold_layers(&layers, content, config));
     let keeping = match (&cold, config.fetch.lazy, config.driver) {
         (Some(cold), LazyMode::Auto, DriverKind::Overlayfs) => keeping::open(config, cold).map(Arc::new),
         _ => None,
@@ -70,8 +69,10 @@ pub(super) fn open_store(config: &Config) -> Result<Store, DaemonError> {
     Ok(Store { layers, content, cold, keeping })
 }
 
-fn cold_layers(layers: &Arc<LayerStore>, content: &Arc<ContentStore>, limit: Option<u64>) -> Arc<ColdLayers> {
-    Arc::new(ColdLayers::new(Supply::new(layers, content)).with_allowance(Allowance::new(limit)))
+fn cold_layers(layers: &Arc<LayerStore>, content: &Arc<ContentStore>, config: &Config) -> Arc<ColdLayers> {
+    let limit = Some(config.layers.limit.bytes()).filter(|limit| *limit > 0);
+    let cold = ColdLayers::new(Supply::new(layers, content)).with_rate(config.fetch.rate.bytes());
+    Arc::new(cold.with_allowance(Allowance::new(limit)))
 }
 
 /// What thin volumes below a root of their own are made of: layers of this store.
@@ -82,7 +83,7 @@ pub(super) fn for_volumes(
 ) -> Result<Remote, DaemonError> {
     let files = Arc::new(LayerStore::at(root));
     files.prepare(Attacher::untried(root))?;
-    let cold = content.as_ref().map(|content| cold_layers(&files, content, None));
+    let cold = content.as_ref().map(|content| Arc::new(ColdLayers::new(Supply::new(&files, content))));
     let layers = Some(Arc::new(Layers::new(Arc::clone(meta), files, cold, None)));
     Ok(Remote { layers, content, ..Remote::default() })
 }

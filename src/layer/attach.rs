@@ -236,7 +236,8 @@ impl Attacher {
     /// The layer images that are read through the page cache of their files, as fresh ones are, where the kernel can do
     /// without it.
     pub fn cached(&self) -> Result<Vec<u64>, AttachError> {
-        let may_be = self.way == Way::FileBacked(ErofsIo::Direct) && self.cached.swap(false, Ordering::AcqRel);
+        let may_be =
+            self.way == Way::FileBacked(ErofsIo::Direct) && self.cached.swap(false, Ordering::AcqRel);
         if !may_be {
             return Ok(Vec::new());
         }
@@ -476,7 +477,8 @@ fn mount_image(image: &Path, way: Way) -> io::Result<DetachedErofs> {
     match way {
         Way::FileBacked(io) => {
             let mounted = DetachedErofs::mount(&image, io)?;
-            let ahead = readahead::of_disk(&image).map(|kib| kib.clamp(*READ_AHEAD.start(), *READ_AHEAD.end()));
+            let ahead =
+                readahead::of_disk(&image).map(|kib| kib.clamp(*READ_AHEAD.start(), *READ_AHEAD.end()));
             if let Some(Err(error)) = ahead.map(|kib| mounted.set_read_ahead(kib)) {
                 tracing::debug!(image = %image.display(), %error, "an image reads ahead no further than the kernel has it");
             }

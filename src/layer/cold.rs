@@ -439,8 +439,15 @@ impl Cold {
                     None if self.is_claimed(&claims) => return Ok(()),
                     None => tokio::select! {
                         () = moved => continue,
-                        turn = self.gate.rest(self.serial, began, self.distance()) => match self.claim(&claims, false) {
-                            Some(at) => (at, turn, &past),
+                        (turn, paced) = self.gate.paced_rest(self.serial, began, self.distance()) => match self.claim(&claims, false) {
+                            Some(at) => {
+                                // What another layer has costs the network nothing.
+                                let chunk = self.index.chunk(at).1;
+                                if !self.supply.local.contains(&chunk.id) {
+                                    paced.spend(chunk.length);
+                                }
+                                (at, turn, &past)
+                            }
                             None => continue,
                         },
                     },

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
+use super::pace::{Pace, Paced};
 use crate::chunk::BLOCK;
 
 /// How many bytes of chunks that somebody waits for may be on their way or not written yet, all layers together.
@@ -47,6 +48,7 @@ pub struct Gate {
     demand: Arc<Semaphore>,
     ahead: Arc<Semaphore>,
     far: Far,
+    pace: Pace,
 }
 
 /// How many fetches are under way: as many as do not wait for each other, so that a long way is filled (300 ms at 1 Gbit/s are 37 MB)
@@ -127,12 +129,20 @@ impl Drop for Way<'_> {
 
 impl Default for Gate {
     fn default() -> Gate {
+        Gate::new(0)
+    }
+}
+
+impl Gate {
+    /// What nobody waits for may be fetched at this rate, in bytes each second; 0 for no limit.
+    pub fn new(rate: u64) -> Gate {
         let room = |bytes: u32| Arc::new(Semaphore::new((bytes / BLOCK) as usize));
         let (demand, ahead) = (room(ROOM_DEMAND), room(ROOM_AHEAD));
         let (next, rest) = (Semaphore::new(NEXT), Semaphore::new(REST));
         let (waited_for, busy) = (AtomicUsize::new(0), Mutex::default());
         let (held, far) = (Mutex::default(), Far::default());
-        Gate { waited_for, busy, next, rest, held, demand, ahead, far }
+        let pace = Pace::new(rate);
+        Gate { waited_for, busy, next, rest, held, demand, ahead, far, pace }
     }
 }
 
@@ -149,12 +159,12 @@ pub enum Urgency {
 #[derive(Debug)]
 pub struct Turn<'a> {
     _permit: Option<SemaphorePermit<'a>>,
-    _way: Option<Way<'a>>,
+    way: Option<Way<'a>>,
 }
 
 impl<'a> Turn<'a> {
     fn with(permit: Option<SemaphorePermit<'a>>) -> Turn<'a> {
-        Turn { _permit: permit, _way: None }
+        Turn { _permit: permit, way: None }
     }
 }
 
@@ -249,7 +259,7 @@ impl Gate {
             if let Some(distance) = far.filter(|_| !held)
                 && let Some(way) = self.far.begin(distance)
             {
-                return Turn { _permit: None, _way: Some(way) };
+                return Turn { _permit: None, way: Some(way) };
             }
             let waits = held || began.elapsed() < PATIENCE;
             tokio::select! {
@@ -258,6 +268,22 @@ impl Gate {
                 () = tokio::time::sleep(busy.min(LOOK)) => {}
             }
         }
+    }
+
+    /// [`Gate::rest`] for what is to be fetched from the store, at the rate that there may be.
+    pub(super) async fn paced_rest(
+        &self,
+        serial: u64,
+        began: Instant,
+        far: Option<Duration>,
+    ) -> (Turn<'_>, Paced<'_>) {
+        let mut turn = self.rest(serial, began, far).await;
+        let paced = self.pace.turn().await;
+        if let Some(way) = &mut turn.way {
+            // Waiting here says nothing of the link.
+            way.began = Instant::now();
+        }
+        (turn, paced)
     }
 
     /// Room in memory for a chunk of so many bytes, until it is written.

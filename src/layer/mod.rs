@@ -38,6 +38,7 @@ pub mod cold;
 pub mod fill;
 pub mod gate;
 pub mod lazy;
+mod pace;
 pub mod presence;
 mod trial;
 pub mod work;

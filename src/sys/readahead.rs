@@ -54,7 +54,9 @@ fn place(dir: impl AsFd) -> io::Result<PathBuf> {
     if done < 0 {
         return Err(io::Error::last_os_error());
     }
-    let unknown = || io::Error::new(io::ErrorKind::InvalidData, "the kernel names a file system in a way we do not know");
+    let unknown = || {
+        io::Error::new(io::ErrorKind::InvalidData, "the kernel names a file system in a way we do not know")
+    };
     let name = CStr::from_bytes_until_nul(&path.name).map_err(|_| unknown())?;
     // "erofs/NAME": the kernel gives both directories one name where the file system has no block device.
     let name = Path::new(OsStr::from_bytes(name.to_bytes())).file_name().ok_or_else(unknown)?;

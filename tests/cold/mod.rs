@@ -145,6 +145,12 @@ impl Cold {
         )
     }
 
+    /// The same with a limit for what nobody waits for, in bytes each second.
+    pub(crate) fn with_rate(&self, rate: u64) -> Arc<ColdLayers> {
+        let content = Arc::new(content(&self.store));
+        Arc::new(ColdLayers::new(Supply::new(&self.files, &content)).with_rate(rate))
+    }
+
     /// The layer under this serial, with its metadata here, as a hit leaves it.
     pub(crate) async fn begin(&self, serial: u64) -> Arc<speedy::layer::cold::Cold> {
         self.begin_in(&self.layers, serial).await

@@ -302,6 +302,39 @@ fn whoever_reads_what_is_foretold_has_nothing_else_fetched() {
     });
 }
 
+/// `fetch.rate` is for what nobody waits for: who waits has it as quickly as ever.
+#[test]
+fn a_limit_slows_the_fill_and_no_reader() {
+    const RATE: u64 = 2 << 20;
+    runtime().block_on(async {
+        let dir = tempfile::tempdir().unwrap();
+        let node = some_layer(dir.path()).await;
+        let layers = node.with_rate(RATE);
+        let alone = node.begin_in(&layers, 5).await;
+        let missing: Vec<u64> = (0..node.index.chunks().len())
+            .filter(|at| !node.index.metadata_places().any(|place| place == *at))
+            .map(|at| node.index.chunk(at).1.length.into())
+            .collect();
+        // The last one is not waited for.
+        let least = (missing.iter().sum::<u64>() - missing.iter().max().unwrap()) as f64 / RATE as f64;
+        let began = std::time::Instant::now();
+        alone.fill().await.unwrap();
+        let took = began.elapsed().as_secs_f64();
+        assert!(took >= least, "{took} s; {least} at least");
+
+        let read_whole = node.begin_in(&layers, 6).await;
+        let length = node.bytes.len() as u64;
+        let began = std::time::Instant::now();
+        let reading = async {
+            assert!(read(&read_whole, 0..length).await == node.bytes);
+        };
+        let (filled, ()) = futures::join!(read_whole.fill(), reading);
+        filled.unwrap();
+        let took = began.elapsed().as_secs_f64();
+        assert!(took < least, "{took} s with a reader, {least} at least without");
+    });
+}
+
 /// What the file of a layer takes.
 fn taken(node: &Cold, serial: u64) -> u64 {
     use std::os::unix::fs::MetadataExt;

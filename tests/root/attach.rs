@@ -221,7 +221,11 @@ fn a_fresh_image_is_read_from_memory_and_later_past_it() {
     assert_eq!((attacher.cached().unwrap(), is_cached()), (vec![7], true));
     assert!(attacher.cached().unwrap().is_empty(), "it is looked for only once");
     attacher.settle(&image, &point).unwrap();
-    assert_eq!((attacher.cached().unwrap(), is_cached()), (vec![7], true), "too early: it is looked for again");
+    assert_eq!(
+        (attacher.cached().unwrap(), is_cached()),
+        (vec![7], true),
+        "too early: it is looked for again"
+    );
 
     let overlay = Mounted::overlay(&root, &[point.join("fs")], "one");
     let open = fs::File::open(overlay.0.join("etc/a")).unwrap();

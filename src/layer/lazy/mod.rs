@@ -30,7 +30,7 @@ use super::LayerError;
 use super::allowance::Allowance;
 use super::cold::{Cold, Means};
 use super::fill::Supply;
-use super::gate::Held;
+use super::gate::{Gate, Held};
 use super::presence::Presence;
 use super::work::Work;
 use crate::content::index::{IndexDigest, LayerIndex, Limits};
@@ -93,6 +93,12 @@ impl ColdLayers {
         let means = Means { supply, gate: Arc::default(), allowance };
         let (work, open, touches) = (Arc::default(), Mutex::default(), Arc::default());
         ColdLayers { means, work, open, touches }
+    }
+
+    /// The same that fetches so many bytes each second, at most, for which nobody waits; 0 for no limit.
+    pub fn with_rate(mut self, rate: u64) -> ColdLayers {
+        self.means.gate = Arc::new(Gate::new(rate));
+        self
     }
 
     /// The same with so much room.
