@@ -294,6 +294,43 @@ node_reboots() {
     mount --bind "$W/boot_id" /proc/sys/kernel/random/boot_id
 }
 
+test_lazy_disk_is_full() {
+    # Room for a third of the layer. What does not fit is read from the store as often as it is wanted; when there is room the rest is fetched.
+    local kept
+    lazy_fleet 0 large pause
+    on b daemon_stop speedy-b
+    truncate -s 120M "$W/small.ext4"
+    mkfs.ext4 -q -m 0 "$W/small.ext4"
+    mount -o loop "$W/small.ext4" "$W/b/speedy"
+    through_link trusting restart_b --store "$SPEEDY_STORE"
+    on b pull pause
+    on b layers_within 60 >/dev/null
+    fallocate -l "$(($(df --output=avail -B1 "$W/b/speedy" | tail -n 1) - 36 * 1024 * 1024))" "$W/b/speedy/filler"
+    on b pull large
+    on b reader_start reader large
+    wait_for 60 "the reader to have read everything" more_rounds reader 2 || fail "the reader hangs: $(tail -n 3 "$W/reader-reader")"
+    (($(df --output=avail -B1M "$W/b/speedy" | tail -n 1) < 4)) || fail "the disk is not full: $(df "$W/b/speedy")"
+    drop_caches
+    wait_for 60 "the reader to read on" more_rounds reader $(($(rounds reader) + 2)) || fail "the reader hangs: $(tail -n 3 "$W/reader-reader")"
+    expect_contains "$(cat "$W/speedy-b.log")" "a layer cannot be kept" "the log says that the disk is full"
+    on b ctr_run --rm "$(image pause)" beside /bin/cat /data/hello >/dev/null || fail "what is here does not start on a full disk"
+    # The daemon dies of nothing, and starts on a full disk.
+    SIGNAL=KILL through_link trusting restart_b --store "$SPEEDY_STORE"
+    wait_for 60 "the reader to read on" more_rounds reader $(($(rounds reader) + 1)) || fail "the reader hangs: $(tail -n 3 "$W/reader-reader")"
+    kept=$(on b layers_json 'map(select(.state != "complete")) | length')
+    expect_equal 1 "$kept" "layers that are not whole"
+    rm "$W/b/speedy/filler"
+    wait_for 90 "the layer to be native" no_lazy || fail "the layer is not native: $(on b layers)"
+    on b expect_reader_well reader large
+    on b ctr_remove reader
+    on b remove_everything
+    on b daemon_stop speedy-b
+    for kept in $(mounts_below "$W/b/speedy"); do umount "$kept"; done
+    umount "$W/b/speedy"
+    rm "$W/small.ext4"
+    restart_b
+}
+
 test_lazy_removed_image_is_fetched_no_further() {
     # What is removed while it is fetched takes nothing of the link any more. It was fetched to its end once, and then reported as a
     # layer that cannot be fetched.

@@ -11,10 +11,12 @@ use std::time::{Duration, Instant};
 
 use speedy::keeper::client::Keeper;
 use speedy::keeper::protocol::Name;
+use speedy::layer::attach::Attacher;
 use speedy::layer::lazy::helper::Helper;
 use speedy::layer::lazy::session::Resume;
 use speedy::layer::lazy::{Kept, Lazy};
 use speedy::sys::fuse::Mount;
+use speedy::sys::loopdev;
 use speedy::sys::mount::{self, Unmount};
 
 use crate::cold::{Cold, noise};
@@ -64,6 +66,28 @@ fn child_that_serves() {
     let _inside = runtime.enter();
     let lazy =
         Lazy::start(Kept { connection, mount, journal }, Arc::clone(&node.layers), resume, exe()).unwrap();
+    let lazy = &lazy;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let told = dir.join("told");
+            while !told.exists() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            let point = dir.join("l/7");
+            // Nobody is here any more when it is done.
+            match &fs::read_to_string(told).unwrap()[..] {
+                "detach" => lazy.detach(&point).unwrap(),
+                device => {
+                    fs::write(node.files.image(7), &node.bytes).unwrap();
+                    lazy.to_native(7, Path::new(device), &node.files.image(7)).unwrap();
+                }
+            }
+        });
+        count(&dir, lazy)
+    })
+}
+
+fn count(dir: &Path, lazy: &Lazy) -> ! {
     loop {
         fs::write(dir.join("taken.new"), lazy.counts().numbers().taken_over.to_string()).unwrap();
         fs::rename(dir.join("taken.new"), dir.join("taken")).unwrap();
@@ -95,6 +119,25 @@ impl Place {
 
     fn point(&self) -> PathBuf {
         self.dir.path().join("l/7")
+    }
+
+    /// Tells the server to detach the layer, or to switch this device of it to its file.
+    fn tell(&self, what: &str) {
+        fs::write(self.dir.path().join("new"), what).unwrap();
+        fs::rename(self.dir.path().join("new"), self.dir.path().join("told")).unwrap();
+    }
+
+    /// The helper that does it waits in the kernel, where nothing can end it.
+    fn helper_that_waits(&self) -> Option<PathBuf> {
+        let dir = self.dir.path().as_os_str().as_encoded_bytes().to_vec();
+        let is_ours = |process: &PathBuf| {
+            let line = fs::read(process.join("cmdline")).unwrap_or_default();
+            let stat = fs::read_to_string(process.join("stat")).unwrap_or_default();
+            line.windows(dir.len()).any(|part| part == dir)
+                && line.split(|byte| *byte == 0).any(|part| part == b"kernel-call")
+                && stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" D"))
+        };
+        fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path()).find(is_ours)
     }
 
     fn taken(&self) -> Option<u64> {
@@ -209,6 +252,94 @@ fn readers_do_not_notice_kills() {
             }
             done.store(true, Ordering::SeqCst);
         });
+        kill(&mut server);
+    }
+}
+
+/// `true` as soon as it is so.
+fn soon(mut is_so: impl FnMut() -> bool) -> bool {
+    let began = Instant::now();
+    while !is_so() {
+        if began.elapsed() > PATIENCE {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    true
+}
+
+/// The helper is inside the call, and stays there as long as nobody answers what the call waits for.
+fn killed_inside(place: &Place, server: &mut Child) {
+    let mut helper = None;
+    assert!(soon(|| {
+        helper = place.helper_that_waits();
+        helper.is_some()
+    }));
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(place.helper_that_waits(), helper, "it waits for the reads that are under way");
+    kill(server);
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(place.helper_that_waits(), helper, "and goes on waiting");
+}
+
+/// LOOP_CHANGE_FD waits for the reads that the device has begun, and these wait for whoever serves it.
+#[test]
+fn a_server_dies_inside_a_switch() {
+    for resume in ["again", "journal"] {
+        let place = Place::new();
+        let mut server = place.serve("first", NEVER);
+        Helper::new(exe().to_owned()).attach(&place.mount, 7, &place.point()).unwrap();
+        let device = Attacher::untried(place.dir.path()).attached().unwrap()[0].device.clone().unwrap();
+        std::thread::scope(|scope| {
+            let readers: Vec<_> = contents()
+                .into_iter()
+                .map(|(name, bytes)| {
+                    let path = place.point().join("fs").join(name);
+                    scope.spawn(move || fs::read(path).unwrap() == bytes)
+                })
+                .collect();
+            std::thread::sleep(Duration::from_millis(400));
+            place.tell(device.to_str().unwrap());
+            killed_inside(&place, &mut server);
+            assert!(readers.iter().all(|reader| !reader.is_finished()));
+            fs::remove_file(place.dir.path().join("told")).unwrap();
+            server = place.serve(resume, 1);
+            assert!(readers.into_iter().all(|reader| reader.join().unwrap()));
+        });
+        let image = place.dir.path().join("layer/7.erofs");
+        assert!(soon(|| loopdev::backing_file(&device).unwrap().as_deref() == Some(&image)), "it is switched");
+        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+        kill(&mut server);
+        // Nobody serves: it is read from the disk.
+        for (name, bytes) in contents() {
+            assert!(fs::read(place.point().join("fs").join(name)).unwrap() == bytes);
+        }
+    }
+}
+
+/// The last unmount of a file system waits for what was read ahead for nobody.
+#[test]
+fn a_server_dies_inside_an_unmount() {
+    for resume in ["again", "journal"] {
+        let place = Place::new();
+        let mut server = place.serve("first", NEVER);
+        Helper::new(exe().to_owned()).attach(&place.mount, 7, &place.point()).unwrap();
+        let device = Attacher::untried(place.dir.path()).attached().unwrap()[0].device.clone().unwrap();
+        for name in contents().keys() {
+            let file = fs::File::open(place.point().join("fs").join(name)).unwrap();
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::WillNeed).unwrap();
+        }
+        place.tell("detach");
+        killed_inside(&place, &mut server);
+        fs::remove_file(place.dir.path().join("told")).unwrap();
+        server = place.serve(resume, 1);
+        assert!(soon(|| !place.point().exists()), "it is detached");
+        assert!(soon(|| loopdev::backing_file(&device).unwrap().is_none()), "and its device is free");
+        // It can be attached again, and read.
+        Helper::new(exe().to_owned()).attach(&place.mount, 7, &place.point()).unwrap();
+        for (name, bytes) in contents() {
+            assert!(fs::read(place.point().join("fs").join(name)).unwrap() == bytes);
+        }
         kill(&mut server);
     }
 }
