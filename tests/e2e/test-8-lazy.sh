@@ -299,12 +299,13 @@ test_lazy_disk_is_full() {
     local kept
     lazy_fleet 0 large pause
     on b daemon_stop speedy-b
-    truncate -s 120M "$W/small.ext4"
+    truncate -s 200M "$W/small.ext4"
     mkfs.ext4 -q -m 0 "$W/small.ext4"
     mount -o loop "$W/small.ext4" "$W/b/speedy"
     through_link trusting restart_b --store "$SPEEDY_STORE"
     on b pull pause
     on b layers_within 60 >/dev/null
+    on b ctr_start beside pause
     fallocate -l "$(($(df --output=avail -B1 "$W/b/speedy" | tail -n 1) - 36 * 1024 * 1024))" "$W/b/speedy/filler"
     on b pull large
     on b reader_start reader large
@@ -313,16 +314,17 @@ test_lazy_disk_is_full() {
     drop_caches
     wait_for 60 "the reader to read on" more_rounds reader $(($(rounds reader) + 2)) || fail "the reader hangs: $(tail -n 3 "$W/reader-reader")"
     expect_contains "$(cat "$W/speedy-b.log")" "a layer cannot be kept" "the log says that the disk is full"
-    on b ctr_run --rm "$(image pause)" beside /bin/cat /data/hello >/dev/null || fail "what is here does not start on a full disk"
+    on b ctr_exec beside /bin/cat /data/hello >/dev/null || fail "another container does not work on a full disk"
     # The daemon dies of nothing, and starts on a full disk.
     SIGNAL=KILL through_link trusting restart_b --store "$SPEEDY_STORE"
     wait_for 60 "the reader to read on" more_rounds reader $(($(rounds reader) + 1)) || fail "the reader hangs: $(tail -n 3 "$W/reader-reader")"
     kept=$(on b layers_json 'map(select(.state != "complete")) | length')
     expect_equal 1 "$kept" "layers that are not whole"
     rm "$W/b/speedy/filler"
-    wait_for 90 "the layer to be native" no_lazy || fail "the layer is not native: $(on b layers)"
+    wait_for 90 "the layer to be native" no_lazy || { tail -n 30 "$W/speedy-b.log" >&2; df "$W/b/speedy" >&2; fail "the layer is not native: $(on b layers)"; }
     on b expect_reader_well reader large
     on b ctr_remove reader
+    on b ctr_remove beside
     on b remove_everything
     on b daemon_stop speedy-b
     for kept in $(mounts_below "$W/b/speedy"); do umount "$kept"; done

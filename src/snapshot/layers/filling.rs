@@ -90,20 +90,35 @@ impl Layers {
     /// A fill that failed is tried now and then as long as nobody has begun it anew: what a container reads already nobody asks for
     /// again. Until it succeeds it stays failed for everybody who asks.
     async fn try_again(self: &Arc<Self>, serial: u64, fill: &Arc<Fill>) {
-        let mut pause = AGAIN.0;
+        let (mut pause, mut was_full) = (AGAIN.0, true);
         loop {
             tokio::time::sleep(pause).await;
             let is_its = self.fills.lock().get(&serial).is_some_and(|other| Arc::ptr_eq(other, fill));
             if !is_its || self.unfilled(serial).is_none() {
                 return;
             }
+            if was_full && !self.has_room(serial) {
+                continue;
+            }
             let apart = Fill { state: watch::Sender::new(State::Running), gone: CancellationToken::new() };
             match self.try_fill(serial, &apart).await {
                 Ok(()) => return self.finish(serial, fill).await,
-                Err(error) => tracing::debug!(serial, %error, "a layer that failed cannot be fetched yet"),
+                Err(error) => {
+                    tracing::debug!(serial, %error, "a layer that failed cannot be fetched yet");
+                    was_full = matches!(error, FillError::Layer(LayerError::Full { .. }));
+                }
             }
-            pause = (pause * 2).min(AGAIN.1);
+            // Whether there is room again costs nothing to find out.
+            pause = if was_full { AGAIN.0 } else { (pause * 2).min(AGAIN.1) };
         }
+    }
+
+    /// Whether what is missing of a layer seems to fit on the disk.
+    fn has_room(&self, serial: u64) -> bool {
+        let Some(cold) = self.cold.as_ref().and_then(|cold| cold.get(serial)) else { return true };
+        let all: u64 = cold.index().chunks().map(|(_, chunk)| u64::from(chunk.length)).sum();
+        let missing = all.saturating_sub(cold.progress.present());
+        self.store.space().is_ok_and(|space| space.bytes_free >= missing)
     }
 
     /// Everything is here.
