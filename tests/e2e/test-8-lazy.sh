@@ -110,7 +110,7 @@ test_lazy_reads_wait_for_a_daemon() {
 
 test_lazy_store_dies_and_comes_back() {
     local fault reader faults=(refuse "flip after=20000")
-    [[ -z ${LAZY_LONG:-} ]] || faults+=(blackhole "status status=500" "truncate after=200")
+    [[ -z ${LAZY_LONG:-} ]] || faults+=(blackhole stall slow "status status=500" "truncate after=200")
     lazy_fleet 0 large
     for fault in "${faults[@]}"; do
         link_post "link?mbit=60"

@@ -159,7 +159,9 @@ impl Drop for Node {
 }
 
 impl Daemon {
-    fn end(&mut self, node: &Node) {
+    /// Nothing is left of it, as of a process that ended: a layer whose switch it was in the middle of was once held open by what was
+    /// left, and could not be given up.
+    fn end(mut self, node: &Node) {
         self.stop.cancel();
         if let Some(runs) = self.runs.take() {
             node.runtime.block_on(runs).unwrap();
@@ -242,13 +244,13 @@ fn layers_in_use_keep_within_their_limit_and_are_read_right() {
     let mib = number("DISK_LIMIT_MIB", 32);
     let limit = mib * MIB;
     let node = Node::new(4, usize::try_from(mib / 2).unwrap());
-    let mut before = node.start(None, Upkeep::default());
+    let before = node.start(None, Upkeep::default());
     node.ready(&before);
     node.all_right();
     wait_for("native layers", 60 + mib, || node.images.iter().all(|image| node.is_native(image)));
     before.end(&node);
     assert!(node.used() > 2 * limit * 9 / 10, "{}", node.used());
-    let mut after = node.start(Some(limit), Upkeep::default());
+    let after = node.start(Some(limit), Upkeep::default());
     let (done, rounds, most) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| {
@@ -282,7 +284,7 @@ fn layers_in_use_keep_within_their_limit_and_are_read_right() {
     assert!(counts.demotions >= 3 && counts.given_up > 0, "{counts:?}");
     after.end(&node);
     // What is left is whole enough for the next daemon.
-    let mut next = node.start(Some(limit), Upkeep::default());
+    let next = node.start(Some(limit), Upkeep::default());
     drop_caches();
     node.all_right();
     next.end(&node);
@@ -292,19 +294,19 @@ fn layers_in_use_keep_within_their_limit_and_are_read_right() {
 #[test]
 fn a_layer_that_is_mounted_from_its_file_is_not_given_up() {
     let node = Node::new(1, 24);
-    let mut first = node.start(None, Upkeep::default());
+    let first = node.start(None, Upkeep::default());
     node.ready(&first);
     wait_for("native layers", 60, || node.is_native(&node.images[0]));
     first.end(&node);
     while mount::unmount(&node.point(&node.images[0]), Unmount::FromSight).unwrap() {}
-    let mut unlimited = node.start(None, Upkeep::default());
+    let unlimited = node.start(None, Upkeep::default());
     node.ready(&unlimited);
     unlimited.end(&node);
     if !Attacher::untried(node.dir.path()).devices().unwrap().is_empty() {
         println!("SKIPPED: this kernel mounts no layers from their files");
         return;
     }
-    let mut limited = node.start(Some(16 * MIB), Upkeep::default());
+    let limited = node.start(Some(16 * MIB), Upkeep::default());
     node.runtime.block_on(limited.layers.make_room()).unwrap();
     assert!(node.used() > 24 * MIB && node.is_native(&node.images[0]));
     drop_caches();
@@ -337,12 +339,12 @@ fn a_layer_that_is_mounted_from_its_file_is_not_given_up() {
 #[test]
 fn nothing_is_given_up_while_the_store_is_away() {
     let node = Node::new(2, 16);
-    let mut first = node.start(None, Upkeep::default());
+    let first = node.start(None, Upkeep::default());
     node.ready(&first);
     wait_for("native layers", 60, || node.images.iter().all(|image| node.is_native(image)));
     first.end(&node);
     node.store.failures.store(usize::MAX, Ordering::SeqCst);
-    let mut limited = node.start(Some(16 * MIB), Upkeep::default());
+    let limited = node.start(Some(16 * MIB), Upkeep::default());
     node.runtime.block_on(limited.layers.make_room()).unwrap();
     drop_caches();
     node.all_right();
@@ -362,7 +364,7 @@ fn damage(node: &Node, image: &Image, at: usize) {
 fn the_scrub_finds_what_the_disk_has_changed_and_repairs_it() {
     let node = Node::new(2, 16);
     let upkeep = Upkeep { scrub_rate: 400 * MIB, scrub_every: Duration::from_secs(1) };
-    let mut daemon = node.start(None, upkeep);
+    let daemon = node.start(None, upkeep);
     node.ready(&daemon);
     wait_for("native layers", 60, || node.images.iter().all(|image| node.is_native(image)));
     let image = &node.images[0];
@@ -386,7 +388,7 @@ fn the_scrub_finds_what_the_disk_has_changed_and_repairs_it() {
 fn a_failed_fsync_forbids_native() {
     let node = Node::new(1, 16);
     let files = node.files().with_sync(|_| Err(std::io::Error::from_raw_os_error(5)));
-    let mut daemon = node.start_on(files, None, Upkeep::default());
+    let daemon = node.start_on(files, None, Upkeep::default());
     node.ready(&daemon);
     let image = &node.images[0];
     wait_for("failed fsync", 60, || daemon.layers.failed(image.serial).is_some());

@@ -307,7 +307,10 @@ fn a_server_dies_inside_a_switch() {
             assert!(readers.into_iter().all(|reader| reader.join().unwrap()));
         });
         let image = place.dir.path().join("layer/7.erofs");
-        assert!(soon(|| loopdev::backing_file(&device).unwrap().as_deref() == Some(&image)), "it is switched");
+        assert!(
+            soon(|| loopdev::backing_file(&device).unwrap().as_deref() == Some(&image)),
+            "it is switched"
+        );
         fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
         kill(&mut server);
         // Nobody serves: it is read from the disk.
