@@ -208,7 +208,10 @@ impl Attacher {
     /// Mounts `image` at `point`, a direct child of `<root>/l`, which is made if it is not there; succeeds when that very
     /// image is there already. A directory with anything in it is not covered.
     pub fn attach(&self, image: &Path, point: &Path) -> Result<(), AttachError> {
-        attach_with(image, point, || mount_image(image, self.way_for(image)))
+        let way = self.way_for(image);
+        attach_with(image, point, || mount_image(image, way))?;
+        self.note(way);
+        Ok(())
     }
 
     /// Mounts `image` from its file on top of what is mounted at `point`, at once for whoever looks there next; nothing happens
@@ -222,15 +225,24 @@ impl Attacher {
         else {
             return Err(AttachError::Occupied(point.to_owned()));
         };
-        mount_at(image, point, top, || mount_image(image, self.way_for(image)))
+        let way = self.way_for(image);
+        mount_at(image, point, top, || mount_image(image, way))?;
+        self.note(way);
+        Ok(())
     }
 
     fn way_for(&self, image: &Path) -> Way {
-        if self.way != Way::FileBacked(ErofsIo::Direct) || !is_fresh(image) {
-            return self.way;
+        match self.way {
+            Way::FileBacked(ErofsIo::Direct) if is_fresh(image) => Way::FileBacked(ErofsIo::Default),
+            way => way,
         }
-        self.cached.store(true, Ordering::Release);
-        Way::FileBacked(ErofsIo::Default)
+    }
+
+    /// What was mounted so is in the table by now.
+    fn note(&self, way: Way) {
+        if way != self.way {
+            self.cached.store(true, Ordering::Release);
+        }
     }
 
     /// The layer images that are read through the page cache of their files, as fresh ones are, where the kernel can do
@@ -260,7 +272,9 @@ impl Attacher {
         }
         let at_point = |error| AttachError::at(point, error);
         match mount::look(point).map_err(at_point)? {
-            (PointState::Erofs, Some(root)) => mount::read_past_cache(root).map_err(at_point),
+            (PointState::Erofs, Some(root)) => mount::read_past_cache(root)
+                .inspect_err(|_| self.cached.store(true, Ordering::Release))
+                .map_err(at_point),
             // Detached in between.
             _ => Ok(()),
         }

@@ -33,7 +33,7 @@ use tokio::time::Instant;
 use super::LayerError;
 use super::allowance::Allowance;
 use super::fill::{FillProgress, Supply};
-use super::gate::{Gate, Urgency};
+use super::gate::{Gate, Turn, Urgency};
 use super::presence::{Earlier, Presence};
 use crate::chunk::{ChunkId, ChunkRef};
 use crate::content::index::LayerIndex;
@@ -390,6 +390,10 @@ impl Cold {
         let trusted = self.presence.as_ref().filter(|_| !self.is_distrusted());
         if trusted.is_some_and(|presence| presence.set(at)) {
             counter.fetch_add(u64::from(self.index.chunk(at).1.length), Ordering::Relaxed);
+            if self.is_complete() {
+                // Whoever fills it may be waiting for a turn that nobody needs any more.
+                self.moved.notify_waiters();
+            }
         }
     }
 
@@ -401,7 +405,7 @@ impl Cold {
             // Boxed: the compiler cannot tell otherwise that the whole may move between threads.
             .map(|at| self.make_present(at, Urgency::Demand, &Way::Cached).boxed())
             .buffer_unordered(AT_ONCE)
-            .try_collect::<()>()
+            .try_for_each(|_| future::ready(Ok(())))
             .await
     }
 
@@ -428,33 +432,28 @@ impl Cold {
     /// Makes all chunks present, those before readers first; returns when they are in the file. Not synced.
     pub async fn fill(self: &Arc<Self>) -> Result<(), LayerError> {
         let _all_is_kept = self.hold();
-        let claims = Claims { claimed: Mutex::new(HashSet::new()), from: AtomicUsize::new(0) };
+        let claims = Claims::default();
         let (began, past) = (Instant::now(), self.way_past().await);
         let worker = |_| async {
             loop {
                 // Before looking: what is expected from then on wakes it.
                 let moved = self.moved.notified();
-                let (at, _turn, way) = match self.claim(&claims, true) {
+                let (at, turn, way) = match self.claim(&claims, true) {
                     Some(at) => (at, self.gate.next().await, &Way::Cached),
                     None if self.is_claimed(&claims) => return Ok(()),
                     None => tokio::select! {
                         () = moved => continue,
-                        (turn, paced) = self.gate.paced_rest(self.serial, began, self.distance()) => match self.claim(&claims, false) {
-                            Some(at) => {
-                                // What another layer has costs the network nothing.
-                                let chunk = self.index.chunk(at).1;
-                                if !self.supply.local.contains(&chunk.id) {
-                                    paced.spend(chunk.length);
-                                }
-                                (at, turn, &past)
-                            }
-                            None => continue,
+                        taken = self.take_rest(&claims, began) => match taken {
+                            (turn, Some(at)) => (at, turn, &past),
+                            (_, None) => continue,
                         },
                     },
                 };
                 let made = self.make_present(at, Urgency::Ahead, way).await;
                 claims.claimed.lock().remove(&at);
-                made?;
+                if let Made::Found = made? {
+                    self.gate.give_back(&turn);
+                }
             }
         };
         let at_once = if self.distance().is_some() { FAR_AT_ONCE } else { AT_ONCE };
@@ -465,6 +464,19 @@ impl Cold {
             self.on_disk.clear_all();
         }
         Ok(())
+    }
+
+    /// The next chunk that nobody is known to want, when it is its turn.
+    async fn take_rest(&self, claims: &Claims, began: Instant) -> (Turn<'_>, Option<usize>) {
+        // One of a fill is enough to wait for the rate.
+        let _alone = if self.gate.is_paced() { Some(claims.paced.lock().await) } else { None };
+        let take = || match self.claim(claims, false) {
+            // What another layer has costs the network nothing.
+            Some(at) if self.supply.local.contains(&self.index.chunk(at).1.id) => (Some(at), 0),
+            Some(at) => (Some(at), self.index.chunk(at).1.length),
+            None => (None, 0),
+        };
+        self.gate.paced_rest(self.serial, began, self.distance(), take).await
     }
 
     /// What a reader will want next is fetched before the rest.
@@ -507,28 +519,38 @@ impl Cold {
         at: usize,
         urgency: Urgency,
         way: &Way,
-    ) -> Result<(), LayerError> {
+    ) -> Result<Made, LayerError> {
         loop {
             match self.chunk(at, urgency, way).await? {
-                (None, _) => break,
+                (None, _) => return Ok(Made::Found),
                 (Some(_), Some(writing)) => {
                     let gone = |error: tokio::task::JoinError| LayerError::at(&self.path, error.into());
                     writing.await.map_err(gone)??;
-                    break;
+                    return Ok(Made::Fetched);
                 }
                 // Somebody else writes it.
                 (Some(_), None) => tokio::time::sleep(Duration::from_millis(1)).await,
             }
         }
-        Ok(())
     }
 }
 
+/// How a chunk has become present.
+enum Made {
+    /// It was in the file, or somebody else has fetched it.
+    Found,
+    /// By us.
+    Fetched,
+}
+
 /// What the workers of one fill have taken on.
+#[derive(Default)]
 struct Claims {
     claimed: Mutex<HashSet<usize>>,
     /// Before this one everything is here.
     from: AtomicUsize,
+    /// Held by the one that waits for the rate.
+    paced: tokio::sync::Mutex<()>,
 }
 
 /// Milliseconds since this process asked first.

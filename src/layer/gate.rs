@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
-use super::pace::{Pace, Paced};
+use super::pace::Pace;
 use crate::chunk::BLOCK;
 
 /// How many bytes of chunks that somebody waits for may be on their way or not written yet, all layers together.
@@ -107,7 +107,7 @@ impl Far {
             return None;
         }
         self.under_way.fetch_add(1, Ordering::AcqRel);
-        Some(Way { far: self, distance, began: Instant::now() })
+        Some(Way { far: self, distance, began: Some(Instant::now()) })
     }
 }
 
@@ -116,12 +116,15 @@ impl Far {
 struct Way<'a> {
     far: &'a Far,
     distance: Duration,
-    began: Instant,
+    /// `None` if nothing was fetched after all.
+    began: Option<Instant>,
 }
 
 impl Drop for Way<'_> {
     fn drop(&mut self) {
-        self.far.window.lock().took(self.began.elapsed(), self.distance);
+        if let Some(began) = self.began {
+            self.far.window.lock().took(began.elapsed(), self.distance);
+        }
         self.far.under_way.fetch_sub(1, Ordering::AcqRel);
         self.far.freed.notify_one();
     }
@@ -160,11 +163,20 @@ pub enum Urgency {
 pub struct Turn<'a> {
     _permit: Option<SemaphorePermit<'a>>,
     way: Option<Way<'a>>,
+    /// How many bytes of the rate it has taken.
+    bytes: u32,
 }
 
 impl<'a> Turn<'a> {
     fn with(permit: Option<SemaphorePermit<'a>>) -> Turn<'a> {
-        Turn { _permit: permit, way: None }
+        Turn { _permit: permit, way: None, bytes: 0 }
+    }
+
+    /// Nothing is fetched: it says nothing of the link.
+    fn is_not_used(&mut self) {
+        if let Some(way) = &mut self.way {
+            way.began = None;
+        }
     }
 }
 
@@ -259,7 +271,7 @@ impl Gate {
             if let Some(distance) = far.filter(|_| !held)
                 && let Some(way) = self.far.begin(distance)
             {
-                return Turn { _permit: None, way: Some(way) };
+                return Turn { _permit: None, way: Some(way), bytes: 0 };
             }
             let waits = held || began.elapsed() < PATIENCE;
             tokio::select! {
@@ -270,20 +282,34 @@ impl Gate {
         }
     }
 
-    /// [`Gate::rest`] for what is to be fetched from the store, at the rate that there may be.
-    pub(super) async fn paced_rest(
+    /// [`Gate::rest`], and what `take` takes then, at the rate that there may be; `take` also says how many bytes of it have to be fetched.
+    pub(super) async fn paced_rest<T>(
         &self,
         serial: u64,
         began: Instant,
         far: Option<Duration>,
-    ) -> (Turn<'_>, Paced<'_>) {
-        let mut turn = self.rest(serial, began, far).await;
-        let paced = self.pace.turn().await;
-        if let Some(way) = &mut turn.way {
-            // Waiting here says nothing of the link.
-            way.began = Instant::now();
+        take: impl Fn() -> (T, u32),
+    ) -> (Turn<'_>, T) {
+        loop {
+            // Without a turn: who waits here keeps nobody from theirs.
+            self.pace.due().await;
+            let mut turn = self.rest(serial, began, far).await;
+            if let Some((taken, bytes)) = self.pace.take(&take) {
+                turn.bytes = bytes;
+                return (turn, taken);
+            }
+            turn.is_not_used();
         }
-        (turn, paced)
+    }
+
+    /// What was taken at this turn had not to be fetched.
+    pub(super) fn give_back(&self, turn: &Turn<'_>) {
+        self.pace.give_back(turn.bytes);
+    }
+
+    /// Whether there is a rate.
+    pub(super) fn is_paced(&self) -> bool {
+        self.pace.is_limited()
     }
 
     /// Room in memory for a chunk of so many bytes, until it is written.

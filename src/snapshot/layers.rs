@@ -29,7 +29,6 @@ use super::metastore::{LayerRecord, MetaStore, Origin, Progress};
 use super::pins::Pins;
 use super::report::LayerReport;
 use super::stock::blocking;
-use crate::content::ContentError;
 use crate::content::index::{IndexDigest, LayerIndex, Limits};
 use crate::driver::Id;
 use crate::layer::attach::Attached;
@@ -45,6 +44,8 @@ mod scrub;
 mod settling;
 mod watched;
 
+/// After which time whoever waits for a layer asks for its data again.
+const HURRY: Duration = Duration::from_secs(1);
 /// How long a layer whose data could not be fetched is pulled instead.
 const BROKEN: Duration = Duration::from_secs(3600);
 /// How many of these are remembered.
@@ -148,35 +149,6 @@ enum State {
     Failed(Arc<str>),
     /// The disk failed: it is read through us as long as we live, and never natively.
     Forbidden(Arc<str>),
-}
-
-/// Why a fill did not come to its end.
-#[derive(Debug, thiserror::Error)]
-enum FillError {
-    #[error(transparent)]
-    Layer(#[from] LayerError),
-    #[error(transparent)]
-    Content(#[from] ContentError),
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    #[error("no store is configured")]
-    NoStore,
-    #[error("its layer index is not known")]
-    NoIndex,
-    #[error(
-        "the disk does not keep it, it is read from the store and never natively until speedy is started again: {0}"
-    )]
-    Sync(#[source] LayerError),
-}
-
-impl FillError {
-    /// What is wrong, without the layer, which whoever waits for it names.
-    fn problem(&self) -> String {
-        match self {
-            FillError::Layer(LayerError::Chunk { source, .. }) => source.to_string(),
-            other => other.to_string(),
-        }
-    }
 }
 
 impl Layers {
@@ -390,11 +362,14 @@ impl Layers {
         let mut state = fill.state.subscribe();
         // The fill alone would stand back for whoever reads something else.
         let hurry = async {
-            if let Some(cold) = self.cold.as_ref().and_then(|cold| cold.get(serial)) {
-                // What goes wrong is the fill's to tell.
-                drop(cold.fetch(0..cold.index().chunks().len()).await);
+            loop {
+                if let Some(cold) = self.cold.as_ref().and_then(|cold| cold.get(serial)) {
+                    // What goes wrong is the fill's to tell.
+                    drop(cold.fetch(0..cold.index().chunks().len()).await);
+                }
+                // It may not be open yet, and the fill may try again.
+                tokio::time::sleep(HURRY).await;
             }
-            std::future::pending::<()>().await;
         };
         let ended = tokio::select! {
             ended = state.wait_for(|state| !matches!(state, State::Running)) => ended,

@@ -28,6 +28,8 @@ fresh_speedy() {
     done
     daemon_stop "$(node_daemon speedy)"
     for mount in $(mounts_below "$SPEEDY_ROOT"); do umount "$mount"; done
+    # A small disk that a test has left.
+    ! mountpoint -q "$SPEEDY_ROOT" || umount "$SPEEDY_ROOT"
     rm -rf --one-file-system "$SPEEDY_ROOT"
     mkdir "$SPEEDY_ROOT"
     restart_speedy "$@"

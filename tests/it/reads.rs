@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
+use futures::FutureExt as _;
 use futures::future::join_all;
 use proptest::prelude::*;
 use speedy::layer::cold::Cold as Layer;
@@ -322,16 +323,23 @@ fn a_limit_slows_the_fill_and_no_reader() {
         let took = began.elapsed().as_secs_f64();
         assert!(took >= least, "{took} s; {least} at least");
 
-        let read_whole = node.begin_in(&layers, 6).await;
-        let length = node.bytes.len() as u64;
+        // Two more; somebody waits for all of one of them.
+        let (waited_for, other) = (node.begin_in(&layers, 6).await, node.begin_in(&layers, 7).await);
         let began = std::time::Instant::now();
-        let reading = async {
-            assert!(read(&read_whole, 0..length).await == node.bytes);
+        let (filled, rest) = (waited_for.fill().boxed(), other.fill().boxed());
+        let waiting = async {
+            waited_for.fetch(0..node.index.chunks().len()).await.unwrap();
+            (began.elapsed().as_secs_f64(), filled.await.unwrap(), began.elapsed().as_secs_f64())
         };
-        let (filled, ()) = futures::join!(read_whole.fill(), reading);
-        filled.unwrap();
+        let (rest, (fetched, (), ended)) = futures::join!(rest, waiting);
+        rest.unwrap();
+        assert!(fetched < least / 2.0, "{fetched} s for who waits, {least} for who does not");
+        assert!(
+            ended < least / 2.0,
+            "the fill came to its end after {ended} s, with nothing to fetch after {fetched}"
+        );
         let took = began.elapsed().as_secs_f64();
-        assert!(took < least, "{took} s with a reader, {least} at least without");
+        assert!(took >= least, "{took} s; {least} at least");
     });
 }
 

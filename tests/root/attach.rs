@@ -220,6 +220,7 @@ fn a_fresh_image_is_read_from_memory_and_later_past_it() {
     }
     assert_eq!((attacher.cached().unwrap(), is_cached()), (vec![7], true));
     assert!(attacher.cached().unwrap().is_empty(), "it is looked for only once");
+    assert_eq!(root.attacher(Mode::Auto).cached().unwrap(), [7], "by a daemon that was started later, too");
     attacher.settle(&image, &point).unwrap();
     assert_eq!(
         (attacher.cached().unwrap(), is_cached()),
@@ -240,8 +241,8 @@ fn a_fresh_image_is_read_from_memory_and_later_past_it() {
         drop_caches();
         (&open).rewind().unwrap();
     }
-    // A daemon that was started later finds it, and one that is old enough is attached so at once.
     assert!(root.attacher(Mode::Auto).cached().unwrap().is_empty());
+    // One that is old enough is attached so at once.
     drop((open, overlay));
     attacher.detach(&point).unwrap();
     attacher.settle(&image, &point).unwrap();

@@ -45,6 +45,7 @@ fn exe() -> &'static Path {
 #[test]
 #[ignore = "a part of the tests of this file, which start it"]
 fn child_that_serves() {
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();
     let dir = PathBuf::from(std::env::var_os(DIR).unwrap());
     let resume = match &std::env::var(RESUME).unwrap()[..] {
         "first" => Resume::First,
@@ -71,6 +72,9 @@ fn child_that_serves() {
         scope.spawn(|| {
             let told = dir.join("told");
             while !told.exists() {
+                if !dir.exists() {
+                    std::process::exit(1);
+                }
                 std::thread::sleep(Duration::from_millis(5));
             }
             let point = dir.join("l/7");
@@ -175,7 +179,6 @@ fn kill(child: &mut Child) {
 }
 
 /// Reads wait over the deaths of more servers than the journal has banks, none of which had an answer.
-#[expect(clippy::print_stderr, reason = "the last words before an abort")]
 fn reads_outlast_their_servers(resume: &str) {
     let place = Place::new();
     let mut server = place.serve("first", NEVER);
@@ -196,15 +199,7 @@ fn reads_outlast_their_servers(resume: &str) {
         }
         kill(&mut server);
         server = place.serve(resume, 1);
-        let began = Instant::now();
-        while readers.iter().any(|reader| !reader.is_finished()) {
-            if began.elapsed() > PATIENCE {
-                // A panic would wait for them.
-                eprintln!("reads wait that nobody answers");
-                std::process::abort();
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        until("all reads are answered", || readers.iter().all(|reader| reader.is_finished()));
         assert!(readers.into_iter().all(|reader| reader.join().unwrap()));
     });
     if resume == "journal" {
@@ -256,30 +251,42 @@ fn readers_do_not_notice_kills() {
     }
 }
 
-/// `true` as soon as it is so.
-fn soon(mut is_so: impl FnMut() -> bool) -> bool {
+/// Returns when it is so. A panic would wait for readers whom nobody answers.
+#[expect(clippy::print_stderr, reason = "the last words before an abort")]
+fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let began = Instant::now();
     while !is_so() {
         if began.elapsed() > PATIENCE {
-            return false;
+            eprintln!("waited {PATIENCE:?} in vain: {what}");
+            std::process::abort();
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    true
 }
 
 /// The helper is inside the call, and stays there as long as nobody answers what the call waits for.
 fn killed_inside(place: &Place, server: &mut Child) {
     let mut helper = None;
-    assert!(soon(|| {
-        helper = place.helper_that_waits();
-        helper.is_some()
-    }));
-    std::thread::sleep(Duration::from_millis(300));
-    assert_eq!(place.helper_that_waits(), helper, "it waits for the reads that are under way");
+    let mut stays = |what: &str| {
+        let began = Instant::now();
+        until(what, || {
+            let found = place.helper_that_waits();
+            assert_or_abort(helper.is_none() || found == helper, what);
+            helper = found;
+            helper.is_some() && began.elapsed() > Duration::from_millis(300)
+        });
+    };
+    stays("the helper waits for the reads that are under way");
     kill(server);
-    std::thread::sleep(Duration::from_millis(300));
-    assert_eq!(place.helper_that_waits(), helper, "and goes on waiting");
+    stays("it goes on waiting when the server is dead");
+}
+
+#[expect(clippy::print_stderr, reason = "the last words before an abort")]
+fn assert_or_abort(holds: bool, what: &str) {
+    if !holds {
+        eprintln!("this does not hold: {what}");
+        std::process::abort();
+    }
 }
 
 /// LOOP_CHANGE_FD waits for the reads that the device has begun, and these wait for whoever serves it.
@@ -301,16 +308,14 @@ fn a_server_dies_inside_a_switch() {
             std::thread::sleep(Duration::from_millis(400));
             place.tell(device.to_str().unwrap());
             killed_inside(&place, &mut server);
-            assert!(readers.iter().all(|reader| !reader.is_finished()));
+            assert_or_abort(readers.iter().all(|reader| !reader.is_finished()), "the reads wait");
             fs::remove_file(place.dir.path().join("told")).unwrap();
             server = place.serve(resume, 1);
+            until("all reads are answered", || readers.iter().all(|reader| reader.is_finished()));
             assert!(readers.into_iter().all(|reader| reader.join().unwrap()));
         });
         let image = place.dir.path().join("layer/7.erofs");
-        assert!(
-            soon(|| loopdev::backing_file(&device).unwrap().as_deref() == Some(&image)),
-            "it is switched"
-        );
+        until("it is switched", || loopdev::backing_file(&device).unwrap().as_deref() == Some(&image));
         fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
         kill(&mut server);
         // Nobody serves: it is read from the disk.
@@ -336,8 +341,8 @@ fn a_server_dies_inside_an_unmount() {
         killed_inside(&place, &mut server);
         fs::remove_file(place.dir.path().join("told")).unwrap();
         server = place.serve(resume, 1);
-        assert!(soon(|| !place.point().exists()), "it is detached");
-        assert!(soon(|| loopdev::backing_file(&device).unwrap().is_none()), "and its device is free");
+        until("it is detached", || !place.point().exists());
+        until("its device is free", || loopdev::backing_file(&device).unwrap().is_none());
         // It can be attached again, and read.
         Helper::new(exe().to_owned()).attach(&place.mount, 7, &place.point()).unwrap();
         for (name, bytes) in contents() {

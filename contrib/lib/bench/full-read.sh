@@ -33,11 +33,11 @@ bench_full_read() {
 
 # read_whole SNAPSHOTTER NAME
 read_whole() {
-    pull_by ctr "$1" "$2"
+    pull_by ctr "$1" "$2" || return 1
     mkdir -p "$W/tree"
-    ctr images mount --snapshotter "$1" "$(image "$2")" "$W/tree"
+    ctr images mount --snapshotter "$1" "$(image "$2")" "$W/tree" || return 1
     # Every way has to show as much.
-    tar -C "$W/tree" -cf - . | wc -c >>"$W/read.$2"
+    tar -C "$W/tree" -cf - . | wc -c >>"$W/read.$2" || return 1
     (($(sort -u "$W/read.$2" | wc -l) == 1)) || die "the trees of $2 differ: $(tr '\n' ' ' <"$W/read.$2")bytes"
     ctr images unmount --rm "$W/tree"
 }

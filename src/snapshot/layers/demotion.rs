@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::{FillError, How, Layers};
+use super::filling::FillError;
+use super::{How, Layers};
 use crate::content::ContentError;
 use crate::content::index::LayerIndex;
 use crate::layer::LayerError;

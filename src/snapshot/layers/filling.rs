@@ -9,7 +9,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{BROKEN, Fill, FillError, How, Layers, MOST_BROKEN, State};
+use super::{BROKEN, Fill, How, Layers, MOST_BROKEN, State};
+use crate::content::ContentError;
 use crate::content::index::{IndexDigest, LayerIndex};
 use crate::layer::LayerError;
 use crate::layer::cold::Cold;
@@ -33,6 +34,40 @@ impl Fill {
     /// Its layer image is gone: no failure, but whoever waits for it is told.
     fn removed(&self) {
         self.state.send_replace(State::Failed("the layer image was removed".into()));
+    }
+}
+
+/// Why a fill did not come to its end.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum FillError {
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    #[error(transparent)]
+    Content(#[from] ContentError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    #[error("no store is configured")]
+    NoStore,
+    #[error("its layer index is not known")]
+    NoIndex,
+    #[error(
+        "the disk does not keep it, it is read from the store and never natively until speedy is started again: {0}"
+    )]
+    Sync(#[source] LayerError),
+}
+
+impl FillError {
+    /// Whether there was no room.
+    pub(super) fn is_full(&self) -> bool {
+        matches!(self, FillError::Layer(LayerError::Full { .. }))
+    }
+
+    /// What is wrong, without the layer, which whoever waits for it names.
+    pub(super) fn problem(&self) -> String {
+        match self {
+            FillError::Layer(LayerError::Chunk { source, .. }) => source.to_string(),
+            other => other.to_string(),
+        }
     }
 }
 
@@ -78,7 +113,7 @@ impl Layers {
                     tracing::error!(serial, error = text, "a layer cannot be fetched from the store");
                     self.keep_broken(serial);
                     fill.state.send_replace(State::Failed(text.into()));
-                    return self.try_again(serial, fill).await;
+                    return self.try_again(serial, fill, error.is_full()).await;
                 }
                 Err(error) => tracing::warn!(serial, %error, "fetching a layer failed; trying again"),
             }
@@ -88,16 +123,19 @@ impl Layers {
     }
 
     /// A fill that failed is tried now and then as long as nobody has begun it anew: what a container reads already nobody asks for
-    /// again. Until it succeeds it stays failed for everybody who asks.
-    async fn try_again(self: &Arc<Self>, serial: u64, fill: &Arc<Fill>) {
-        let (mut pause, mut was_full) = (AGAIN.0, true);
+    /// again. Until it succeeds it stays failed for everybody who asks. One that found no room is tried as soon as there seems to be
+    /// enough, too; the other times are for what only seems to be full.
+    async fn try_again(self: &Arc<Self>, serial: u64, fill: &Arc<Fill>, mut was_full: bool) {
+        let (mut pause, mut waited, mut free) = (AGAIN.0, Duration::ZERO, self.room());
         loop {
-            tokio::time::sleep(pause).await;
+            tokio::time::sleep(AGAIN.0).await;
+            waited += AGAIN.0;
             let is_its = self.fills.lock().get(&serial).is_some_and(|other| Arc::ptr_eq(other, fill));
             if !is_its || self.unfilled(serial).is_none() {
                 return;
             }
-            if was_full && !self.has_room(serial) {
+            let now_fits = || was_full && self.room() > free.max(self.missing(serial));
+            if waited < pause && !now_fits() {
                 continue;
             }
             let apart = Fill { state: watch::Sender::new(State::Running), gone: CancellationToken::new() };
@@ -105,20 +143,24 @@ impl Layers {
                 Ok(()) => return self.finish(serial, fill).await,
                 Err(error) => {
                     tracing::debug!(serial, %error, "a layer that failed cannot be fetched yet");
-                    was_full = matches!(error, FillError::Layer(LayerError::Full { .. }));
+                    was_full = error.is_full();
+                    fill.state.send_replace(State::Failed(error.problem().into()));
                 }
             }
-            // Whether there is room again costs nothing to find out.
-            pause = if was_full { AGAIN.0 } else { (pause * 2).min(AGAIN.1) };
+            (pause, waited, free) = ((pause * 2).min(AGAIN.1), Duration::ZERO, self.room());
         }
     }
 
-    /// Whether what is missing of a layer seems to fit on the disk.
-    fn has_room(&self, serial: u64) -> bool {
-        let Some(cold) = self.cold.as_ref().and_then(|cold| cold.get(serial)) else { return true };
+    /// Bytes that fit on the disk.
+    fn room(&self) -> u64 {
+        self.store.space().map_or(0, |space| space.bytes_free)
+    }
+
+    /// Bytes of a layer that are not known to be here.
+    fn missing(&self, serial: u64) -> u64 {
+        let Some(cold) = self.cold.as_ref().and_then(|cold| cold.get(serial)) else { return 0 };
         let all: u64 = cold.index().chunks().map(|(_, chunk)| u64::from(chunk.length)).sum();
-        let missing = all.saturating_sub(cold.progress.present());
-        self.store.space().is_ok_and(|space| space.bytes_free >= missing)
+        all.saturating_sub(cold.progress.present())
     }
 
     /// Everything is here.

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{FillError, Layers, Progress};
+use super::filling::FillError;
+use super::{Layers, Progress};
 use crate::chunk::{ChunkId, ChunkRef};
 use crate::content::index::LayerIndex;
 use crate::layer::LayerError;

@@ -15,10 +15,16 @@ const LOOK: Duration = Duration::from_secs(30);
 impl Layers {
     /// For ever.
     pub(super) async fn settle(self: &Arc<Self>) {
+        let mut warned = false;
         loop {
             tokio::time::sleep(LOOK).await;
-            if let Err(error) = self.settle_all().await {
-                tracing::warn!(%error, "layer images go on being read through two page caches");
+            match self.settle_all().await {
+                Ok(()) => warned = false,
+                // It is tried again, and said once.
+                Err(error) if !std::mem::replace(&mut warned, true) => {
+                    tracing::warn!(%error, "layer images go on being read through two page caches");
+                }
+                Err(_) => {}
             }
         }
     }
