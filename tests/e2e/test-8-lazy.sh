@@ -24,6 +24,8 @@ layers_within() { timeout "$1" "$SPEEDY" layers --wait --address "$SPEEDY_ADDRES
 
 # reader_start ID NAME: a container that checks everything in the image again and again, and says so.
 reader_start() {
+    # Another test's reader may have had that name.
+    rm -f "$W/reader-$1"
     ctr run --snapshotter "${ON:-$SNAPSHOTTER}" --log-uri "file://$W/reader-$1" -d "$(image "$2")" "$1" /bin/sh -c '
         cd /data || exit 1
         while :; do
@@ -293,6 +295,35 @@ node_reboots() {
     tr 0-9a-f 1-9a-f0 </proc/sys/kernel/random/boot_id >"$W/boot_id"
     mount --bind "$W/boot_id" /proc/sys/kernel/random/boot_id
 }
+
+test_lazy_many_containers_share_their_layers() {
+    # Of an image of 128 layers, begun before its data is here and gone on with when it is: each layer is attached once, whoever uses it.
+    local count=50 number ids=() layers
+    [[ -z ${LAZY_LONG:-} ]] || count=200
+    lazy_fleet 20 deep
+    on b pull deep
+    for ((number = 1; number <= count; number++)); do
+        on b ctr_start "many-$number" deep
+        ids+=("many-$number")
+        ((number != count / 2)) || link_post "link?mbit=0"
+    done
+    on b layers_within 60 >/dev/null
+    wait_for 60 "the layers to be native" no_lazy || fail "not all layers are native: $(losetup -n -O NAME,BACK-FILE)"
+    expect_equal "$count" "$(on b ctr tasks ls | grep -c RUNNING)" "containers that run"
+    layers=$(on b layers_json 'map(select(.attached)) | length')
+    ((layers > 100)) || fail "only $layers layers are attached"
+    expect_equal "$layers" "$(attach_points | sort -u | wc -l)" "attach points"
+    # One that was attached lazily has the mount of its file on top.
+    (($(attach_points | wc -l) <= 2 * layers)) || fail "$(attach_points | wc -l) mounts for $layers layers"
+    for number in 1 $((count / 2)) "$count"; do on b ctr_exec "many-$number" /bin/listing | LC_ALL=C sort >"$W/listing-$number"; done
+    for number in $((count / 2)) "$count"; do cmp "$W/listing-1" "$W/listing-$number" || fail "container $number sees other files"; done
+    on b ctr_remove "${ids[@]}"
+    on b expect_listing ctr deep
+    on b remove_everything
+    wait_for 60 "the layers to go" on b no_layers || fail "layers are left: $(on b layers)"
+    expect_equal "" "$(attach_points)" "attach points that are left"
+}
+attach_points() { awk -v top="$W/b/speedy/l/" 'index($5, top) == 1 && / - erofs / { print $5 }' /proc/self/mountinfo; }
 
 test_lazy_disk_is_full() {
     # Room for a third of the layer. What does not fit is read from the store as often as it is wanted; when there is room the rest is fetched.
