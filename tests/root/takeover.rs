@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread::{Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use speedy::keeper::client::Keeper;
@@ -144,6 +145,16 @@ impl Place {
         fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path()).find(is_ours)
     }
 
+    /// One for each file; whether it has the right bytes.
+    fn readers<'scope>(&self, scope: &'scope Scope<'scope, '_>) -> Vec<ScopedJoinHandle<'scope, bool>> {
+        let fs_dir = self.point().join("fs");
+        let reader = |(name, bytes): (String, Vec<u8>)| {
+            let path = fs_dir.join(name);
+            scope.spawn(move || fs::read(path).unwrap() == bytes)
+        };
+        contents().into_iter().map(reader).collect()
+    }
+
     fn taken(&self) -> Option<u64> {
         fs::read_to_string(self.dir.path().join("taken")).ok()?.parse().ok()
     }
@@ -184,13 +195,7 @@ fn reads_outlast_their_servers(resume: &str) {
     let mut server = place.serve("first", NEVER);
     Helper::new(exe().to_owned()).attach(&place.mount, 7, &place.point()).unwrap();
     std::thread::scope(|scope| {
-        let readers: Vec<_> = contents()
-            .into_iter()
-            .map(|(name, bytes)| {
-                let path = place.point().join("fs").join(name);
-                scope.spawn(move || fs::read(path).unwrap() == bytes)
-            })
-            .collect();
+        let readers = place.readers(scope);
         for _ in 0..KILLS {
             std::thread::sleep(Duration::from_millis(400));
             kill(&mut server);
@@ -298,13 +303,7 @@ fn a_server_dies_inside_a_switch() {
         Helper::new(exe().to_owned()).attach(&place.mount, 7, &place.point()).unwrap();
         let device = Attacher::untried(place.dir.path()).attached().unwrap()[0].device.clone().unwrap();
         std::thread::scope(|scope| {
-            let readers: Vec<_> = contents()
-                .into_iter()
-                .map(|(name, bytes)| {
-                    let path = place.point().join("fs").join(name);
-                    scope.spawn(move || fs::read(path).unwrap() == bytes)
-                })
-                .collect();
+            let readers = place.readers(scope);
             std::thread::sleep(Duration::from_millis(400));
             place.tell(device.to_str().unwrap());
             killed_inside(&place, &mut server);
