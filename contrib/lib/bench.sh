@@ -83,14 +83,28 @@ publish_to() {
 # own_key: this node's, as other nodes trust it.
 own_key() { "$SPEEDY" trust --root "$SPEEDY_ROOT" --address "$SPEEDY_ADDRESS" | grep -oE 'ed25519:[A-Za-z0-9+/=_-]+' | head -n 1; }
 
-# start_behind_link STORE-ENDPOINT KEY: this node.
-start_behind_link() {
+# second_node NAME...: node b, empty, with these images on a store behind the link as it was asked for; says what that is.
+second_node() {
+    publish_behind_link "$@"
+    on b start_behind_link "$ENDPOINT" "$KEY"
+    link_post "link?mbit=$MBIT&delay=$DELAY"
+    machine
+    say "Link: $MBIT Mbit/s, $DELAY each way."
+}
+
+# speedy_behind_link STORE-ENDPOINT KEY: this node's Speedy.
+speedy_behind_link() {
     local address
     address=http://$(link_address "$1")
+    AWS_ENDPOINT_URL=$address AWS_ENDPOINT=$address SPEEDY_TRUST_KEYS=$2 SPEEDY_PUBLISH_POLICY=off start_speedy --store "$SPEEDY_STORE"
+}
+
+# start_behind_link STORE-ENDPOINT KEY: this node.
+start_behind_link() {
     node_make
     quiet_collector
     registry_host "$(link_address "$REGISTRY")"
-    AWS_ENDPOINT_URL=$address AWS_ENDPOINT=$address SPEEDY_TRUST_KEYS=$2 SPEEDY_PUBLISH_POLICY=off start_speedy --store "$SPEEDY_STORE"
+    speedy_behind_link "$1" "$2"
     start_containerd "$CONTAINERD_VERSION"
 }
 
@@ -144,20 +158,13 @@ snapshotter_of() { if [[ $1 == overlayfs ]]; then echo overlayfs; else echo spee
 
 # restart_as HOW STORE-ENDPOINT: this node's Speedy, lazy or not, with traces or without.
 restart_as() {
-    local address lazy=off traces=off
+    local lazy=off traces=off
     [[ $1 != lazy && $1 != traced ]] || lazy=auto
     [[ $1 != traced ]] || traces=auto
     [[ $1 != overlayfs ]] || return 0
-    address=http://$(link_address "$2")
     daemon_stop "$(node_daemon speedy)"
-    AWS_ENDPOINT_URL=$address AWS_ENDPOINT=$address SPEEDY_TRUST_KEYS=$KEY SPEEDY_PUBLISH_POLICY=off SPEEDY_FETCH_LAZY=$lazy SPEEDY_FETCH_TRACES=$traces \
-        start_speedy --store "$SPEEDY_STORE"
-    wait_for 15 "containerd to find Speedy again" speedy_is_found
-}
-speedy_is_found() { ctr snapshots --snapshotter speedy prepare "found-$RANDOM$RANDOM" && remove_found; }
-remove_found() {
-    local key
-    for key in $(ctr snapshots --snapshotter speedy ls | awk '$1 ~ /^found-/ { print $1 }'); do ctr snapshots --snapshotter speedy rm "$key"; done
+    SPEEDY_FETCH_LAZY=$lazy SPEEDY_FETCH_TRACES=$traces speedy_behind_link "$2" "$KEY"
+    wait_for 15 "containerd to find Speedy again" speedy_is_reached
 }
 
 # resident_memory: of this node's Speedy now, in MB. peak_memory: at most since it started.

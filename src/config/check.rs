@@ -79,6 +79,11 @@ pub(super) fn size_or_none(least: ByteSize, most: ByteSize, text: &str) -> Resul
     if text == "0" { Ok(ByteSize::from_mib(0)) } else { size_from(least, most, text) }
 }
 
+/// So much each second; 0 for none, or no limit.
+pub(super) fn rate(text: &str) -> Result<ByteSize, Problem> {
+    size_or_none(ByteSize::from_kib(64), ByteSize::from_gib(16), text)
+}
+
 pub(super) fn size_from(least: ByteSize, most: ByteSize, text: &str) -> Result<ByteSize, Problem> {
     match ByteSize::parse(text).map_err(value)? {
         size if size < least || size > most => Err(value(format!("{size} is out of range"))),

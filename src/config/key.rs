@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::check::{
-    device_path, keep_rules, loopback, mount_options, patterns, plugin_name, root_path, size_from,
+    device_path, keep_rules, loopback, mount_options, patterns, plugin_name, rate, root_path, size_from,
     size_or_none, socket_path, time_limit, trusted_keys,
 };
 use super::value::{
@@ -391,19 +391,13 @@ pub(super) const KEYS: &[Key] = &[
     Key {
         name: "fetch.rate",
         accepted: "\"0\" for no limit, or a size from \"64KiB\" to \"16GiB\", each second",
-        set: |config, given| {
-            let rate = size_or_none(ByteSize::from_kib(64), ByteSize::from_gib(16), &given.text()?);
-            rate.map(|rate| config.fetch.rate = rate)
-        },
+        set: |config, given| rate(&given.text()?).map(|rate| config.fetch.rate = rate),
         show: |config| json!(config.fetch.rate),
     },
     Key {
         name: "scrub.rate",
         accepted: "\"0\" for off, or a size from \"64KiB\" to \"16GiB\", each second",
-        set: |config, given| {
-            let rate = size_or_none(ByteSize::from_kib(64), ByteSize::from_gib(16), &given.text()?);
-            rate.map(|rate| config.scrub.rate = rate)
-        },
+        set: |config, given| rate(&given.text()?).map(|rate| config.scrub.rate = rate),
         show: |config| json!(config.scrub.rate),
     },
     Key {
@@ -423,10 +417,7 @@ pub(super) const KEYS: &[Key] = &[
     Key {
         name: "scrub.store",
         accepted: "\"0\" for off, or a size from \"64KiB\" to \"16GiB\", each second",
-        set: |config, given| {
-            let rate = size_or_none(ByteSize::from_kib(64), ByteSize::from_gib(16), &given.text()?);
-            rate.map(|rate| config.scrub.store = rate)
-        },
+        set: |config, given| rate(&given.text()?).map(|rate| config.scrub.store = rate),
         show: |config| json!(config.scrub.store),
     },
     Key {

@@ -14,6 +14,7 @@
 //! the daemon starts; if nobody does, it is tried now and then and stays failed until that succeeds. What was fetched stays.
 
 use std::collections::{HashMap, HashSet};
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -353,6 +354,18 @@ impl Layers {
             && self.meta.layer(serial).is_some_and(|layer| layer.progress == Progress::Filling)
     }
 
+    /// Fetches all of a layer, for whoever waits for its fill: that alone would stand back for those who read something else. What goes
+    /// wrong is the fill's to tell.
+    async fn hurry(&self, serial: u64) -> Infallible {
+        loop {
+            if let Some(cold) = self.cold.as_ref().and_then(|cold| cold.get(serial)) {
+                drop(cold.fetch(0..cold.index().chunks().len()).await);
+            }
+            // It may not be open yet, and the fill may try again.
+            tokio::time::sleep(HURRY).await;
+        }
+    }
+
     async fn wait(self: &Arc<Self>, serial: u64) -> Result<(), SnapshotError> {
         let Some(layer) = self.meta.layer(serial) else { return Err(SnapshotError::LayerGone { serial }) };
         if layer.progress == Progress::Complete {
@@ -360,20 +373,9 @@ impl Layers {
         }
         let fill = self.fill(serial);
         let mut state = fill.state.subscribe();
-        // The fill alone would stand back for whoever reads something else.
-        let hurry = async {
-            loop {
-                if let Some(cold) = self.cold.as_ref().and_then(|cold| cold.get(serial)) {
-                    // What goes wrong is the fill's to tell.
-                    drop(cold.fetch(0..cold.index().chunks().len()).await);
-                }
-                // It may not be open yet, and the fill may try again.
-                tokio::time::sleep(HURRY).await;
-            }
-        };
         let ended = tokio::select! {
             ended = state.wait_for(|state| !matches!(state, State::Running)) => ended,
-            () = hurry => return Err(SnapshotError::ShuttingDown),
+            never = self.hurry(serial) => match never {},
         };
         let ended = ended.map_err(|_| SnapshotError::ShuttingDown)?.clone();
         match ended {

@@ -48,7 +48,7 @@ status_of() { "$SPEEDY" status --json --address "$SPEEDY_ADDRESS" | jq -r "$1"; 
 layers() { "$SPEEDY" layers --json --address "$SPEEDY_ADDRESS"; }
 
 # layers_where CONDITION: how many layer images are so, in jq's words.
-layers_where() { layers | jq "[(if type == \"object\" then .layers else . end)[] | select($1)] | length"; }
+layers_where() { layers | jq "map(select($1)) | length"; }
 # all_durable: a layer is mounted when its bytes are here, and recorded as complete when they are on the disk.
 all_durable() { [[ $(layers_where '.state != "complete"') == 0 ]]; }
 no_layers() { [[ $(layers_where true) == 0 && -z $(layer_files) ]]; }

@@ -156,11 +156,6 @@ restart_speedy() {
     # containerd tries again on its own, at most three seconds apart.
     wait_for 10 "containerd to find Speedy again" speedy_is_reached
 }
-# Not `ls`: without snapshots containerd answers that by itself.
-speedy_is_reached() {
-    local key=reached-$RANDOM$RANDOM
-    ctr snapshots --snapshotter speedy prepare "$key" && ctr snapshots --snapshotter speedy rm "$key"
-}
 
 # layer_directories: those of the snapshotter under test that hold anything, and layer images. Speedy keeps a few
 # empty directories ready, which are no leftovers.

@@ -262,7 +262,7 @@ test_lazy_machine_is_rebooted() {
         ! on b ctr_exec again /bin/sha256sum /data/noise-5 >"$W/late" 2>&1 || fail "what is not here was read without the store"
         (($(now_ms) - started > 50000)) || fail "a read of what is not here failed after $(($(now_ms) - started)) ms"
         expect_contains "$(cat "$W/late")" "rror" "the read fails"
-        [[ $(on b layers_json 'map(select(.state == "failed")) | length') == 1 ]] || fail "the fill has not failed: $(on b layers_json .)"
+        on b fill_has_failed || fail "the fill has not failed: $(on b layers_json .)"
     fi
     on b ctr_exec again /bin/sha256sum /data/noise-5 >"$W/late" &
     reader=$!
@@ -310,7 +310,7 @@ test_lazy_many_containers_share_their_layers() {
     on b layers_within 60 >/dev/null
     wait_for 60 "the layers to be native" no_lazy || fail "not all layers are native: $(losetup -n -O NAME,BACK-FILE)"
     expect_equal "$count" "$(on b ctr tasks ls | grep -c RUNNING)" "containers that run"
-    layers=$(on b layers_json 'map(select(.attached)) | length')
+    layers=$(on b layers_where .attached)
     ((layers > 100)) || fail "only $layers layers are attached"
     expect_equal "$layers" "$(attach_points | sort -u | wc -l)" "attach points"
     # One that was attached lazily has the mount of its file on top.
@@ -323,7 +323,7 @@ test_lazy_many_containers_share_their_layers() {
     wait_for 60 "the layers to go" on b no_layers || fail "layers are left: $(on b layers)"
     expect_equal "" "$(attach_points)" "attach points that are left"
 }
-attach_points() { awk -v top="$W/b/speedy/l/" 'index($5, top) == 1 && / - erofs / { print $5 }' /proc/self/mountinfo; }
+attach_points() { mounts_below "$W/b/speedy/l"; }
 
 test_lazy_disk_is_full() {
     # Room for a third of the layer. What does not fit is read from the store as often as it is wanted; when there is room the rest is fetched.
@@ -365,7 +365,7 @@ test_lazy_disk_is_full() {
     restart_b
 }
 
-fill_has_failed() { [[ $(layers_json 'map(select(.state == "failed")) | length') == 1 ]]; }
+fill_has_failed() { [[ $(layers_where '.state == "failed"') == 1 ]]; }
 
 test_lazy_removed_image_is_fetched_no_further() {
     # What is removed while it is fetched takes nothing of the link any more. It was fetched to its end once, and then reported as a

@@ -15,7 +15,7 @@ use speedy::sys::mount::{self, DetachedErofs, ErofsIo, Unmount};
 use speedy::sys::{mountinfo, readahead};
 
 use crate::maker::{Maker, Node};
-use crate::process::require_root;
+use crate::process::{drop_caches, require_root};
 
 /// A root with attach points; whatever a failed test left mounted goes when it is dropped.
 struct Root {
@@ -252,10 +252,6 @@ fn a_fresh_image_is_read_from_memory_and_later_past_it() {
     let disk = readahead::of_disk(&image).unwrap_or(128);
     assert_eq!(ahead.unwrap(), disk.clamp(128, 1024), "as the disk, but within these");
     attacher.detach(&point).unwrap();
-}
-
-fn drop_caches() {
-    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
 }
 
 #[test]

@@ -30,7 +30,7 @@ use speedy::sys::mount::{self, Unmount};
 use tokio_util::sync::CancellationToken;
 
 use crate::cold::{self, Slow, noise};
-use crate::process::require_root;
+use crate::process::{drop_caches, require_root};
 
 const MIB: u64 = 1 << 20;
 /// What may be used beyond the limit for a moment: metadata, indexes, and what was begun before it was measured.
@@ -219,10 +219,6 @@ async fn use_layer(meta: &MetaStore, id: Id, layer: LayerChoice, n: u64) {
         now: Timestamp::now(),
     };
     meta.create(new, layer).await.unwrap();
-}
-
-fn drop_caches() {
-    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
 }
 
 #[track_caller]

@@ -15,7 +15,7 @@ use speedy::sys::loopdev::LoopDevice;
 use speedy::sys::mount::{self, Unmount};
 
 use crate::cold::{Cold, noise};
-use crate::process::require_root;
+use crate::process::{drop_caches, require_root};
 
 struct Place {
     dir: tempfile::TempDir,
@@ -73,10 +73,6 @@ impl Drop for Place {
     fn drop(&mut self) {
         drop(mount::unmount(&self.point(), Unmount::FromSight));
     }
-}
-
-fn drop_caches() {
-    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
 }
 
 #[test]

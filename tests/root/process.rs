@@ -21,6 +21,11 @@ pub(crate) fn require_root() {
     assert_eq!(uid, Some("0"), "this test needs root (contrib/test counts it as skipped without)");
 }
 
+/// Whoever reads next finds nothing of a disk in memory.
+pub(crate) fn drop_caches() {
+    std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+}
+
 /// A directory for a root and a socket, with short names: a socket's path ends at 107 bytes.
 pub(crate) struct Place {
     dir: tempfile::TempDir,

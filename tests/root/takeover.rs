@@ -22,7 +22,7 @@ use speedy::sys::mount::{self, Unmount};
 
 use crate::cold::{Cold, noise};
 use crate::keeper;
-use crate::process::{require_root, runtime};
+use crate::process::{drop_caches, require_root, runtime};
 
 const DIR: &str = "TEST_TAKEOVER_DIR";
 const RESUME: &str = "TEST_TAKEOVER_RESUME";
@@ -126,6 +126,21 @@ impl Place {
         self.dir.path().join("l/7")
     }
 
+    fn attach(&self) {
+        Helper::new(exe().to_owned()).attach(&self.mount, 7, &self.point()).unwrap();
+    }
+
+    fn device(&self) -> PathBuf {
+        Attacher::untried(self.dir.path()).attached().unwrap()[0].device.clone().unwrap()
+    }
+
+    /// All files have the right bytes.
+    fn require_right(&self) {
+        for (name, bytes) in contents() {
+            assert!(fs::read(self.point().join("fs").join(name)).unwrap() == bytes);
+        }
+    }
+
     /// Tells the server to detach the layer, or to switch this device of it to its file.
     fn tell(&self, what: &str) {
         fs::write(self.dir.path().join("new"), what).unwrap();
@@ -193,7 +208,7 @@ fn kill(child: &mut Child) {
 fn reads_outlast_their_servers(resume: &str) {
     let place = Place::new();
     let mut server = place.serve("first", NEVER);
-    Helper::new(exe().to_owned()).attach(&place.mount, 7, &place.point()).unwrap();
+    place.attach();
     std::thread::scope(|scope| {
         let readers = place.readers(scope);
         for _ in 0..KILLS {
@@ -231,7 +246,7 @@ fn readers_do_not_notice_kills() {
     for resume in ["again", "journal"] {
         let place = Place::new();
         let mut server = place.serve("first", 20);
-        Helper::new(exe().to_owned()).attach(&place.mount, 7, &place.point()).unwrap();
+        place.attach();
         let done = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
             for half in 0..2 {
@@ -300,8 +315,8 @@ fn a_server_dies_inside_a_switch() {
     for resume in ["again", "journal"] {
         let place = Place::new();
         let mut server = place.serve("first", NEVER);
-        Helper::new(exe().to_owned()).attach(&place.mount, 7, &place.point()).unwrap();
-        let device = Attacher::untried(place.dir.path()).attached().unwrap()[0].device.clone().unwrap();
+        place.attach();
+        let device = place.device();
         std::thread::scope(|scope| {
             let readers = place.readers(scope);
             std::thread::sleep(Duration::from_millis(400));
@@ -315,12 +330,10 @@ fn a_server_dies_inside_a_switch() {
         });
         let image = place.dir.path().join("layer/7.erofs");
         until("it is switched", || loopdev::backing_file(&device).unwrap().as_deref() == Some(&image));
-        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+        drop_caches();
         kill(&mut server);
         // Nobody serves: it is read from the disk.
-        for (name, bytes) in contents() {
-            assert!(fs::read(place.point().join("fs").join(name)).unwrap() == bytes);
-        }
+        place.require_right();
     }
 }
 
@@ -330,8 +343,8 @@ fn a_server_dies_inside_an_unmount() {
     for resume in ["again", "journal"] {
         let place = Place::new();
         let mut server = place.serve("first", NEVER);
-        Helper::new(exe().to_owned()).attach(&place.mount, 7, &place.point()).unwrap();
-        let device = Attacher::untried(place.dir.path()).attached().unwrap()[0].device.clone().unwrap();
+        place.attach();
+        let device = place.device();
         for name in contents().keys() {
             let file = fs::File::open(place.point().join("fs").join(name)).unwrap();
             rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::WillNeed).unwrap();
@@ -343,10 +356,8 @@ fn a_server_dies_inside_an_unmount() {
         until("it is detached", || !place.point().exists());
         until("its device is free", || loopdev::backing_file(&device).unwrap().is_none());
         // It can be attached again, and read.
-        Helper::new(exe().to_owned()).attach(&place.mount, 7, &place.point()).unwrap();
-        for (name, bytes) in contents() {
-            assert!(fs::read(place.point().join("fs").join(name)).unwrap() == bytes);
-        }
+        place.attach();
+        place.require_right();
         kill(&mut server);
     }
 }

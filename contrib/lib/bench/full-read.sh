@@ -6,11 +6,7 @@
 bench_full_read() {
     local name how round took names=("$@")
     ((${#names[@]})) || names=(python big)
-    publish_behind_link "${names[@]}"
-    on b start_behind_link "$ENDPOINT" "$KEY"
-    link_post "link?mbit=$MBIT&delay=$DELAY"
-    machine
-    say "Link: $MBIT Mbit/s, $DELAY each way."
+    second_node "${names[@]}"
     for ((round = 1; round <= ROUNDS; round++)); do
         for name in "${names[@]}"; do
             for how in overlayfs eager lazy; do

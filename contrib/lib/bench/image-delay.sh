@@ -10,10 +10,7 @@ bench_image_delay() {
     # A view that waits for an image's data gives up when containerd wants to collect, and nerdctl with it: not on a thin link.
     ((MBIT >= 500)) || hows=(overlayfs lazy traced)
     ((${#names[@]})) || names=(python big)
-    publish_behind_link "${names[@]}"
-    on b start_behind_link "$ENDPOINT" "$KEY"
-    machine
-    say "Link: $MBIT Mbit/s, $DELAY each way."
+    second_node "${names[@]}"
     for name in "${names[@]}"; do step "Record a start of $name" record_start "$name" "$ENDPOINT"; done
     for ((round = 1; round <= ROUNDS; round++)); do
         for name in "${names[@]}"; do

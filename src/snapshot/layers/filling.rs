@@ -131,11 +131,12 @@ impl Layers {
             tokio::time::sleep(AGAIN.0).await;
             waited += AGAIN.0;
             let is_its = self.fills.lock().get(&serial).is_some_and(|other| Arc::ptr_eq(other, fill));
-            if !is_its || self.unfilled(serial).is_none() {
-                return;
-            }
-            let now_fits = || was_full && self.room() > free.max(self.missing(serial));
-            if waited < pause && !now_fits() {
+            let missing = match self.unfilled(serial) {
+                Some(cold) if is_its => cold.missing(),
+                _ => return,
+            };
+            let now_fits = was_full && self.room() > free.max(missing);
+            if waited < pause && !now_fits {
                 continue;
             }
             let apart = Fill { state: watch::Sender::new(State::Running), gone: CancellationToken::new() };
@@ -154,13 +155,6 @@ impl Layers {
     /// Bytes that fit on the disk.
     fn room(&self) -> u64 {
         self.store.space().map_or(0, |space| space.bytes_free)
-    }
-
-    /// Bytes of a layer that are not known to be here.
-    fn missing(&self, serial: u64) -> u64 {
-        let Some(cold) = self.cold.as_ref().and_then(|cold| cold.get(serial)) else { return 0 };
-        let all: u64 = cold.index().chunks().map(|(_, chunk)| u64::from(chunk.length)).sum();
-        all.saturating_sub(cold.progress.present())
     }
 
     /// Everything is here.
